@@ -1,0 +1,5 @@
+"""What is trained: one folder a method, each registered with PEFT on import."""
+
+from graftune.adapters.flora import FloraConfig
+
+__all__ = ["FloraConfig"]

@@ -1,0 +1,73 @@
+"""What a saved adapter must hold: nothing empty, nothing missing, nothing foreign."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .messages import listing, nearest
+
+
+class AdapterMismatchError(ValueError):
+    """An adapter's tensors are not those of the model it is loaded onto."""
+
+
+def check_not_empty(tensors: Mapping[str, torch.Tensor], adapter_name: str) -> None:
+    """Raise ValueError when an adapter about to be written holds no numbers.
+
+    Sharded training (DeepSpeed ZeRO-3, FSDP) leaves tensors of size zero outside its gathering
+    context; a file of those would look like an adapter and be none.
+    """
+    if not tensors:
+        raise ValueError(
+            f"the adapter {adapter_name!r} has no tensors: nothing was written. Is the adapter "
+            "attached to this model?"
+        )
+    hollow = [name for name, tensor in tensors.items() if tensor.numel() == 0]
+    if hollow:
+        raise ValueError(
+            f"{len(hollow)} of {len(tensors)} tensors of the adapter {adapter_name!r} are empty "
+            f"({listing(hollow, 3)}): nothing was written. Under DeepSpeed ZeRO-3 or FSDP gather "
+            "the parameters first, for example with `accelerator.get_state_dict(model)` passed as "
+            "`state_dict=`."
+        )
+
+
+def check_fits(
+    expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise AdapterMismatchError unless `given` has exactly the expected tensors and shapes.
+
+    Args:
+        expected: shapes of the adapter's tensors on the model at hand, by checkpoint name.
+        given: shapes of the tensors in the file.
+    """
+    if not given:
+        raise AdapterMismatchError(
+            f"the file holds no tensors of this adapter, but {len(expected)} are expected "
+            f"({listing(sorted(expected), 3)}): it is empty or belongs to another method"
+        )
+    missing = sorted(set(expected) - set(given))
+    extra = sorted(set(given) - set(expected))
+    if missing or extra:
+        parts = []
+        if missing:
+            parts.append(f"{len(missing)} missing ({listing(missing, 3)})")
+        if extra:
+            hint = nearest(extra[0], missing or expected)
+            parts.append(f"{len(extra)} the model has no place for ({listing(extra, 3)}){hint}")
+        raise AdapterMismatchError(
+            f"the adapter does not fit this base model: of {len(expected)} expected tensors "
+            + " and ".join(parts)
+            + ". Load it onto the architecture it was trained on."
+        )
+    wrong = [name for name in sorted(expected) if tuple(expected[name]) != tuple(given[name])]
+    if wrong:
+        name = wrong[0]
+        raise AdapterMismatchError(
+            f"the adapter does not fit this base model: {len(wrong)} tensors have another shape, "
+            f"for example {name!r} with {tuple(given[name])} in the file and "
+            f"{tuple(expected[name])} on the model. Load it onto the architecture it was trained "
+            "on."
+        )

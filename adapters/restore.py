@@ -1,0 +1,76 @@
+"""Undoing a failed attachment: the model's structure is put back exactly as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+# The dictionaries in which a module keeps what an adapter may replace, add or hook into.
+_REGISTRIES = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+
+
+@contextmanager
+def untouched_on_error(model: nn.Module) -> Iterator[None]:
+    """Give back the model as it was when the block raises.
+
+    Only references are kept, no values: attaching an adapter replaces modules and freezes
+    parameters, it never changes a base weight.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> try:
+        ...     with untouched_on_error(model):
+        ...         model[0] = nn.Identity()
+        ...         raise ValueError
+        ... except ValueError:
+        ...     model[0]
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    registries = [
+        (registry, dict(registry))
+        for module in model.modules()
+        for registry in (getattr(module, name) for name in _REGISTRIES)
+    ]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    configs = _peft_configs(model)
+    active = [
+        (module, module._active_adapter)
+        for module in model.modules()
+        if hasattr(module, "_active_adapter")
+    ]
+    try:
+        yield
+    except BaseException:
+        for registry, content in registries:
+            registry.clear()
+            registry.update(content)
+        for parameter, requires_grad in gradients:
+            parameter.requires_grad_(requires_grad)
+        for module, name in active:
+            module._active_adapter = name
+        _restore_peft_configs(model, configs)
+        raise
+
+
+def _peft_configs(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """The modules that own a `peft_config`, with a copy of its entries."""
+    return [
+        (module, dict(module.__dict__["peft_config"]))
+        for module in model.modules()
+        if "peft_config" in module.__dict__
+    ]
+
+
+def _restore_peft_configs(
+    model: nn.Module, configs: list[tuple[nn.Module, dict[str, Any]]]
+) -> None:
+    owners = {id(module) for module, _ in configs}
+    for module in model.modules():
+        if "peft_config" in module.__dict__ and id(module) not in owners:
+            del module.peft_config
+    for module, content in configs:
+        module.peft_config.clear()
+        module.peft_config.update(content)

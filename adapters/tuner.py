@@ -1,0 +1,276 @@
+"""The ground that graftune's tuners share: check first, then attach; record and check the base."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
+
+from .checkpoint import check_fits, check_not_empty
+from .config import GraftConfig
+from .digest import base_digest, difference
+from .messages import listing, nearest, warn_once
+
+
+class BaseModelMismatchError(ValueError):
+    """An adapter is loaded onto another base model than it was trained on."""
+
+
+class GraftTuner(BaseTuner):
+    """Base class of graftune's tuners.
+
+    A method defines `prefix`, `tuner_layer_cls`, `target_module_mapping`, `_create_and_replace`
+    and `adapter_shapes`. In return every target is checked before the model is changed, the base
+    model's digest is recorded and compared, and no empty or half-matching adapter is written or
+    loaded.
+    """
+
+    @classmethod
+    @abstractmethod
+    def adapter_shapes(
+        cls, config: PeftConfig, key: str, module: nn.Module, parameter: str | None
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors that the adapter would add to one target.
+
+        Args:
+            config: the adapter's config.
+            key: the module's name in the base model.
+            module: the base module, without any tuner layers around it.
+            parameter: name of the parameter within the module, or None for the module itself.
+
+        Raises:
+            TypeError: the layer's type is not supported.
+            ValueError: the config does not suit the layer.
+        """
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Check every target, attach the adapter as PEFT does, and record the base's digest."""
+        config = self.peft_config[adapter_name]
+        if state_dict is None:
+            try:
+                self._check_targets(model, config)
+            except Exception:
+                # PEFT enters a config before it is used: without this a refused second adapter
+                # would stay listed.
+                if len(self.peft_config) > 1:
+                    del self.peft_config[adapter_name]
+                raise
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
+        if isinstance(config, GraftConfig):
+            self._enter_base_digest(model, config, adapter_name)
+
+    # Checks before anything is changed.
+
+    def _check_targets(self, model: nn.Module, config: PeftConfig) -> None:
+        config = self._prepare_adapter_config(config, self.get_model_config(model))
+        if config.target_modules == DUMMY_TARGET_MODULES:
+            return
+        config = _maybe_include_all_linear_layers(config, model)
+        found = False
+        for key, module in _base_modules(model):
+            if self._check_target_module_exists(config, key):
+                self.adapter_shapes(config, key, module, None)
+                found = True
+            for name, _ in module.named_parameters(recurse=False):
+                if _targets_parameter(config, f"{key}.{name}"):
+                    self.adapter_shapes(config, key, module, name)
+                    found = True
+        if not found:
+            raise NoMatchingPeftModuleError(self._no_match_message(model, config))
+
+    def _no_match_message(self, model: nn.Module, config: PeftConfig) -> str:
+        candidates: dict[str, None] = {}
+        for key, module in _base_modules(model):
+            try:
+                self.adapter_shapes(config, key, module, None)
+            except (TypeError, ValueError):
+                continue
+            candidates[_without_index(key)] = None
+        given = {
+            name: getattr(config, name)
+            for name in ("target_modules", "target_parameters", "exclude_modules")
+            + ("layers_to_transform", "layers_pattern", "modules_to_save")
+            if getattr(config, name, None)
+        }
+        wanted = config.target_modules
+        first = wanted if isinstance(wanted, str) else next(iter(sorted(wanted or ())), "")
+        return (
+            f"no module of the model is targeted by {given}."
+            f"{nearest(first, candidates)} Modules that can be adapted: {listing(candidates)}."
+        )
+
+    # The digest of the base model.
+
+    def _enter_base_digest(
+        self, model: nn.Module, config: GraftConfig, adapter_name: str
+    ) -> None:
+        found = digest_of_targets(model, adapter_name)
+        if found is None:
+            return
+        recorded = config.base_digest
+        if recorded is None or config.base_digest_is_fresh or config.base_check == "off":
+            config.base_digest = found
+            config.base_digest_is_fresh = True
+            return
+        reason = difference(recorded, found)
+        if reason is not None:
+            message = _base_mismatch_message(config, model, reason)
+            if config.base_check == "error":
+                raise BaseModelMismatchError(message)
+            warnings.warn(message, stacklevel=2)
+
+    # Saving and loading.
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        tensors = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        if config.target_modules != DUMMY_TARGET_MODULES:
+            check_not_empty(tensors, adapter_name)
+        return tensors
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        expected = {
+            key: tuple(tensor.shape)
+            for key, tensor in adapter_tensors(model, adapter_name, cls.prefix).items()
+        }
+        given = {key: tuple(t.shape) for key, t in remapped.items() if f".{cls.prefix}" in key}
+        check_fits(expected, given)
+        return remapped
+
+
+def adapter_tensors(
+    model: nn.Module, adapter_name: str, prefix: str
+) -> dict[str, torch.Tensor]:
+    """Return the model's tensors of one adapter by their full names."""
+    return {
+        key: tensor
+        for key, tensor in model.state_dict().items()
+        if f".{prefix}" in key and f".{adapter_name}" in key.rpartition(f".{prefix}")[2]
+    }
+
+
+def digest_of_targets(model: nn.Module, adapter_name: str) -> str | None:
+    """Return the digest of the base tensors that an attached adapter sits on.
+
+    None, with one warning, when they cannot be compared: quantised, sharded or without values.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for key, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if adapter_name not in layer._get_available_adapters():
+            continue
+        for name, tensor in _adapted_tensors(layer).items():
+            tensors[f"{_canonical(key)}.{name}"] = tensor
+    for name, tensor in tensors.items():
+        reason = _not_comparable(tensor)
+        if reason is not None:
+            warn_once(
+                f"base digest: {reason}",
+                f"the base model's weights are {reason} (for example {name!r}): the adapter is "
+                "not checked against the base model it was trained on",
+            )
+            return None
+    return base_digest(tensors) if tensors else None
+
+
+def _base_mismatch_message(config: GraftConfig, model: nn.Module, reason: str) -> str:
+    trained_on = config.base_model_name_or_path or "a model without a name"
+    here = getattr(model, "name_or_path", None) or type(model).__name__
+    return (
+        f"the adapter was trained on another base model than this one: it belongs to "
+        f"{trained_on!r}, this is {here!r}, and {reason}. Load the base model it was trained on; "
+        "or, to move it to a sibling checkpoint on purpose, call "
+        "graftune.load(..., check_base='warn') or 'off'."
+    )
+
+
+def _adapted_tensors(layer: BaseTunerLayer) -> dict[str, torch.Tensor]:
+    """The base tensors under a tuner layer, as they are without any adapter."""
+    adapted = getattr(layer, "adapted_tensors", None)
+    return adapted() if adapted is not None else {"weight": layer.get_base_layer().weight}
+
+
+def _not_comparable(tensor: torch.Tensor) -> str | None:
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        return "quantised"
+    if tensor.device.type == "meta" or tensor.numel() == 0:
+        return "not in memory"
+    if type(tensor) not in (torch.Tensor, nn.Parameter):
+        return f"of type {type(tensor).__name__}"
+    return None
+
+
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the base model's modules by name, without the insides of tuner layers around them."""
+    inside: list[str] = []
+    for key, module in model.named_modules():
+        if any(key.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside.append(f"{key}.")
+            module = module.get_base_layer()
+        if key:
+            yield key, module
+
+
+def _targets_parameter(config: PeftConfig, name: str) -> bool:
+    targets = getattr(config, "target_parameters", None) or ()
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _canonical(key: str) -> str:
+    """The module's name in the bare base model."""
+    return ".".join(
+        part for part in key.removeprefix("base_model.model.").split(".") if part != "base_layer"
+    )
+
+
+def _without_index(key: str) -> str:
+    """The name from behind its last layer number on: what `target_modules` usually says."""
+    parts = key.split(".")
+    numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :]) if numbers else key

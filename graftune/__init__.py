@@ -1,0 +1,51 @@
+"""graftune: adapt a pretrained model without making it forget.
+
+A plugin for Hugging Face PEFT. Importing it registers its methods with PEFT, so that
+`peft.get_peft_model`, `peft.PeftModel.from_pretrained` and the libraries built on them know them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from graftune.adapters import FloraConfig
+from graftune.adapters.checkpoint import AdapterMismatchError
+from graftune.adapters.tuner import BaseModelMismatchError
+from graftune.load import load
+from graftune.recipes import Recipe, recipes
+from graftune.wrap import wrap
+
+if TYPE_CHECKING:
+    from graftune.integrations.objectives.class_names import ClassNameClassifier
+    from graftune.integrations.trainer import Trainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterMismatchError",
+    "BaseModelMismatchError",
+    "ClassNameClassifier",
+    "FloraConfig",
+    "Recipe",
+    "Trainer",
+    "load",
+    "recipes",
+    "wrap",
+]
+
+# Training pulls in much of transformers: only for those who train.
+_LAZY = {
+    "ClassNameClassifier": "graftune.integrations.objectives.class_names",
+    "Trainer": "graftune.integrations.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

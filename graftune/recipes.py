@@ -1,0 +1,50 @@
+"""The recipes: the papers' methods by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from graftune.adapters.flora import FloraConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A paper's combination: an adapter config, regularizers and hyperparameters under one name.
+
+    Args:
+        name: the name that `graftune.wrap` takes.
+        config_cls: the adapter's config class.
+        paper: title, venue and identifier of the paper.
+        defaults: config fields that the paper sets otherwise than the config class does.
+    """
+
+    name: str
+    config_cls: type[PeftConfig]
+    paper: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+_RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="flora",
+            config_cls=FloraConfig,
+            paper="FLoRA: Low-Rank Core Space for N-dimension, arXiv 2405.14739",
+        ),
+    )
+}
+
+
+def recipes() -> dict[str, Recipe]:
+    """Return the recipes by name.
+
+    Example:
+        >>> import graftune
+        >>> graftune.recipes()["flora"].paper
+        'FLoRA: Low-Rank Core Space for N-dimension, arXiv 2405.14739'
+    """
+    return dict(_RECIPES)

@@ -1,0 +1,115 @@
+"""Recognising a model: which library it comes from, and which of its layers are worth adapting.
+
+Recognition reads class names only, so that no library is imported for the sake of asking. What to
+adapt by default follows from structure rather than from lists of architectures: the linear,
+attention and convolution layers inside a model's repeated blocks. Embeddings, heads, projections
+and stems lie outside the blocks and stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+LINEAR = (nn.Linear, Conv1D)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ATTENTION = (nn.MultiheadAttention,)
+
+_LIBRARIES = ("open_clip", "timm", "diffusers", "transformers")
+
+# Heads of transformers' models, by the end of the class name, and PEFT's task types for them.
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of a model from looking at it.
+
+    Args:
+        library: "transformers", "open_clip", "timm", "diffusers" or "torch" for any other module.
+        architecture: the model type or class name, for messages.
+        task_type: PEFT's task type for the model's head, or None.
+    """
+
+    library: str
+    architecture: str
+    task_type: str | None = None
+
+
+def recognise(model: nn.Module) -> Family:
+    """Return the family that a model belongs to.
+
+    Example:
+        >>> recognise(nn.Sequential(nn.Linear(2, 2)))
+        Family(library='torch', architecture='Sequential', task_type=None)
+    """
+    name = type(model).__name__
+    # A user's own subclass of a library's model belongs to the library.
+    origins = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    library = next((library for library in _LIBRARIES if library in origins), "torch")
+    if library != "transformers":
+        return Family(library, name)
+    architecture = getattr(getattr(model, "config", None), "model_type", None) or name
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    task_type = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+    if task_type == "SEQ_2_SEQ_LM" and not encoder_decoder:
+        task_type = None  # a vision-language model, which PEFT has no task type for
+    return Family(library, architecture, task_type)
+
+
+def default_targets(model: nn.Module) -> list[str]:
+    """Return `target_modules` for the layers of the model's repeated blocks, sorted.
+
+    These are linear layers, whole `nn.MultiheadAttention`s and convolutions that are not depthwise
+    (a low-rank adapter of a depthwise layer is larger than the layer). A model without repeated
+    blocks is taken as one block. The names are shortened to what follows the block's number when
+    that means the same layers.
+
+    Example:
+        >>> block = lambda: nn.ModuleDict({"up": nn.Linear(2, 4), "down": nn.Linear(4, 2)})
+        >>> default_targets(nn.ModuleList([block(), block()]))
+        ['down', 'up']
+    """
+    layers = {key: module for key, module in model.named_modules() if _is_candidate(module)}
+    attentions = [key for key, module in layers.items() if isinstance(module, ATTENTION)]
+    names = [
+        key
+        for key in layers
+        # The projections inside an nn.MultiheadAttention are adapted with it.
+        if key and not any(key.startswith(f"{attention}.") for attention in attentions)
+    ]
+    in_blocks = [key for key in names if _block_number(key) is not None]
+    return _shorten(in_blocks or names, [key for key, _ in model.named_modules()])
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    if isinstance(module, CONVOLUTIONS):
+        return module.groups == 1 or module.in_channels > module.groups
+    return isinstance(module, LINEAR + ATTENTION)
+
+
+def _block_number(key: str) -> int | None:
+    """Position of the last number in a dotted name that is not the name's end."""
+    parts = key.split(".")
+    numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+    return numbers[-1] if numbers else None
+
+
+def _shorten(names: list[str], every: list[str]) -> list[str]:
+    """Suffixes that match `names` and no other of the model's modules, else the names themselves."""
+    suffixes = set()
+    for name in names:
+        number = _block_number(name)
+        suffixes.add(name if number is None else ".".join(name.split(".")[number + 1 :]))
+    ends = tuple(f".{suffix}" for suffix in suffixes)
+    matched = {key for key in every if key in suffixes or key.endswith(ends)}
+    return sorted(suffixes) if matched == set(names) else sorted(names)
