@@ -1,0 +1,388 @@
+"""FLoRA as a PEFT tuner: which layer gets which adapter."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _get_tuner_state_dict_key_prefixes,
+    _is_key_under_prefixes,
+    check_target_module_exists,
+    onload_layer,
+)
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+)
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from ..messages import listing
+from ..tuner import GraftTuner
+from .config import FloraConfig
+from .conv import ConvNd, ConvTransposeNd
+from .embedding import Embedding
+from .functional import resolve_ranks
+from .layer import FloraLayer, FloraWeight
+from .linear import Linear
+from .parameter import FloraParameters
+from .shapes import (
+    CONVOLUTIONS,
+    TRANSPOSED,
+    parameter_shape,
+    projection_names,
+    runs_as_defined,
+    tensor_shapes,
+    weight_shape,
+)
+
+# These read the weights of their linear layers at least at times, instead of calling the layers.
+_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+class FloraModel(GraftTuner):
+    """A model with FLoRA adapters: W' = W + s · G ×_0 U_0 ... ×_{N-1} U_{N-1} (arXiv 2405.14739).
+
+    Args:
+        model: the base model.
+        config: a `FloraConfig`.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: create the adapter's tensors on the meta device, to be loaded next.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> base = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())
+        >>> model = get_peft_model(base, FloraConfig(r=2, target_modules=["0"]))
+    """
+
+    prefix = "flora_"
+    tuner_layer_cls = FloraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # What fits where.
+
+    @classmethod
+    def adapter_shapes(
+        cls, config: FloraConfig, key: str, module: nn.Module, parameter: str | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors that the adapter would add to one target.
+
+        Raises:
+            TypeError: the module's type is not supported.
+            ValueError: the ranks do not suit the weight, or dropout is asked for where there is no
+                input to drop from.
+        """
+        if parameter is not None:
+            _check_parameter(config, key, module, parameter)
+            return _named_shapes(config, key, module, parameter)
+        if isinstance(module, nn.MultiheadAttention):
+            shapes = {}
+            for name in projection_names(module):
+                _check_no_dropout(config, f"{key}.{name}")
+                shapes.update(_named_shapes(config, key, module, name))
+            inner = cls.adapter_shapes(config, f"{key}.out_proj", module.out_proj)
+            return shapes | {f"out_proj.{name}": shape for name, shape in inner.items()}
+        try:
+            shape = weight_shape(module)
+        except TypeError as error:
+            raise TypeError(f"cannot adapt {key!r}: {error}") from None
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            raise ValueError(
+                f"cannot adapt {key!r}: with max_norm the embedding changes its own weights in "
+                "every forward pass. Set `max_norm=None`, or leave the module out with "
+                "`exclude_modules`"
+            )
+        if not runs_as_defined(module):
+            _check_no_dropout(config, key)
+        return tensor_shapes(shape, _ranks(config, key, shape))
+
+    # Attaching.
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Attach an adapter, and warn once of ranks that were cut and of adapters too large."""
+        self._cut: list[str] = []
+        self._too_large: list[str] = []
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if self._cut:
+            warnings.warn(
+                f"ranks beyond a dimension of the weight were cut to it in {listing(self._cut)}",
+                stacklevel=2,
+            )
+        if self._too_large:
+            warnings.warn(
+                "the adapter has at least as many numbers as the weight itself in "
+                f"{listing(self._too_large)}: give smaller ranks with `r` or `rank_pattern`, or "
+                "leave them out with `exclude_modules`",
+                stacklevel=2,
+            )
+
+    def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict) -> FloraConfig:
+        if peft_config.target_modules is None:
+            defaults = self.target_module_mapping.get(model_config.get("model_type"))
+            if defaults is not None:
+                peft_config.target_modules = (
+                    defaults if isinstance(defaults, str) else set(defaults)
+                )
+            elif not peft_config.target_parameters:
+                raise ValueError(
+                    "Please specify `target_modules` or `target_parameters` in `peft_config`: "
+                    "there are no default targets for this model"
+                )
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: FloraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(parent, FloraParameters):
+            parent = parent.base_layer
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if parameter_name is not None:
+            names = [parameter_name]
+        elif isinstance(base, nn.MultiheadAttention):
+            self._create_and_replace(
+                peft_config,
+                adapter_name,
+                base.out_proj,
+                "out_proj",
+                base,
+                f"{current_key}.out_proj",
+            )
+            names = projection_names(base)
+        else:
+            self._adapt_module(peft_config, adapter_name, target, target_name, parent, current_key)
+            return
+        self._adapt_parameters(
+            peft_config, adapter_name, target, target_name, parent, current_key, names
+        )
+
+    def _adapt_module(
+        self,
+        config: FloraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        key: str,
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        shape = weight_shape(base)
+        r, scale = _rank_setting(config, key), _scale_setting(config, key)
+        self._note_sizes(key, r, shape)
+        if isinstance(target, FloraWeight):
+            target.update_layer(adapter_name, config, r, scale)
+            return
+        layer = _layer_class(base)(
+            target,
+            adapter_name,
+            config,
+            r,
+            scale,
+            weight_is_read=isinstance(parent, _READERS),
+            **get_quantization_kwargs(self.model),
+        )
+        self._replace_module(parent, target_name, layer, target)
+        self._activate(layer, config)
+
+    def _adapt_parameters(
+        self,
+        config: FloraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        key: str,
+        names: list[str],
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        settings = {}
+        for name in names:
+            r = _rank_setting(config, f"{key}.{name}", key)
+            settings[name] = (r, _scale_setting(config, f"{key}.{name}", key))
+            self._note_sizes(f"{key}.{name}", r, parameter_shape(getattr(base, name)))
+        if isinstance(target, FloraParameters):
+            target.update_layer(adapter_name, config, settings)
+            return
+        layer = FloraParameters(target, adapter_name, config, settings)
+        self._replace_module(parent, target_name, layer, target)
+        self._activate(layer, config)
+
+    def _activate(self, layer: FloraLayer, config: FloraConfig) -> None:
+        # A layer that comes with a further adapter follows the model's active ones.
+        layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # Layers place their tensors themselves; there is nothing else to carry over.
+        setattr(parent, child_name, new_module)
+
+    def _note_sizes(self, key: str, r: int | list[int], shape: tuple[int, ...]) -> None:
+        ranks = resolve_ranks(r, shape)
+        if not isinstance(r, int) and tuple(r) != ranks:
+            self._cut.append(key)
+        numbers = math.prod(ranks) + sum(d * n for d, n in zip(shape, ranks, strict=True))
+        if numbers >= math.prod(shape):
+            self._too_large.append(key)
+
+    def _inject_parameters(
+        self, peft_config: FloraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Adapt what `target_parameters` names; return the names found."""
+        found = []
+        adapters = _get_tuner_state_dict_key_prefixes(model)
+        for path, module in list(model.named_modules()):
+            if isinstance(module, BaseTunerLayer) or _is_key_under_prefixes(path, adapters):
+                continue
+            key = _without_base_layers(path)
+            for name, _ in list(module.named_parameters(recurse=False)):
+                if not _is_target_parameter(peft_config, f"{key}.{name}"):
+                    continue
+                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                    self._inject_parameter(peft_config, adapter_name, model, path, key, name)
+                found.append(f"{key}.{name}")
+        return found
+
+    def _inject_parameter(
+        self,
+        config: FloraConfig,
+        adapter_name: str,
+        model: nn.Module,
+        path: str,
+        key: str,
+        name: str,
+    ) -> None:
+        if not path:
+            raise ValueError(
+                f"the parameter {name!r} belongs to the model itself and cannot be targeted: only "
+                "parameters of modules inside the model can"
+            )
+        # The outermost layer around the module stands for it in its parent.
+        while path.endswith(".base_layer"):
+            path = path.removesuffix(".base_layer")
+        target = model.get_submodule(path)
+        parent_path, _, target_name = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        if isinstance(target, FloraWeight):
+            if adapter_name in target.scaling and target.weight_is_read and name == "weight":
+                return  # came with its attention
+            raise ValueError(
+                f"the parameter {key}.{name} cannot be adapted by itself: its module is adapted, "
+                "too. Name it in only one of `target_modules` and `target_parameters`"
+            )
+        if isinstance(target, FloraParameters) and target.adapts(name, adapter_name):
+            return  # came with its module
+        self._create_and_replace(config, adapter_name, target, target_name, parent, key, name)
+
+    # Merging.
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base weights bit for bit."""
+        # Backwards: two layers that share a tied weight each put back what they found.
+        for module in reversed(list(self.model.modules())):
+            if isinstance(module, BaseTunerLayer):
+                with onload_layer(module):
+                    module.unmerge()
+
+    # Saving: one name for a tensor, whatever other layers stand around its layer.
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        head, dot, tail = key.rpartition(f".{cls.prefix}")
+        key = f"{_without_base_layers(head)}{dot}{tail}"
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+
+def _layer_class(base: nn.Module) -> type[FloraWeight]:
+    if isinstance(base, CONVOLUTIONS):
+        return ConvNd
+    if isinstance(base, TRANSPOSED):
+        return ConvTransposeNd
+    return Embedding if isinstance(base, nn.Embedding) else Linear
+
+
+def _rank_setting(config: FloraConfig, *keys: str) -> int | list[int]:
+    for key in keys:
+        pattern = get_pattern_key(config.rank_pattern.keys(), key)
+        if pattern in config.rank_pattern:
+            return config.rank_pattern[pattern]
+    return config.r
+
+
+def _scale_setting(config: FloraConfig, *keys: str) -> float:
+    for key in keys:
+        pattern = get_pattern_key(config.scale_pattern.keys(), key)
+        if pattern in config.scale_pattern:
+            return config.scale_pattern[pattern]
+    return config.scale
+
+
+def _ranks(config: FloraConfig, key: str, shape: tuple[int, ...], *others: str) -> tuple[int, ...]:
+    """Return the ranks for one weight, or say what is wrong with them and how to put it right."""
+    r = _rank_setting(config, key, *others)
+    if min(shape, default=0) == 0:
+        raise ValueError(f"cannot adapt {key!r}: its weight has the empty shape {shape}")
+    try:
+        return resolve_ranks(r, shape)
+    except ValueError as error:
+        raise ValueError(
+            f"cannot adapt {key!r}: {error}. Its weight has the shape {shape}: give `r` as one "
+            f"number, or ranks for {len(shape)} axes with `rank_pattern={{{key!r}: "
+            f"{[min(8, size) for size in shape]}}}`"
+        ) from None
+
+
+def _named_shapes(
+    config: FloraConfig, key: str, module: nn.Module, parameter: str
+) -> dict[str, tuple[int, ...]]:
+    shape = parameter_shape(getattr(module, parameter))
+    return tensor_shapes(shape, _ranks(config, f"{key}.{parameter}", shape, key), parameter)
+
+
+def _check_parameter(config: FloraConfig, key: str, module: nn.Module, parameter: str) -> None:
+    """Raise ValueError for a parameter that cannot be adapted by itself."""
+    name = f"{key}.{parameter}"
+    tensor = getattr(module, parameter)
+    if len(parameter_shape(tensor)) < 2 or not tensor.is_floating_point():
+        raise ValueError(
+            f"cannot adapt the parameter {name!r} of shape {parameter_shape(tensor)} and type "
+            f"{tensor.dtype}: only floating-point tensors with at least two axes have a low-rank "
+            "form. Leave it out of `target_parameters`"
+        )
+    _check_no_dropout(config, name)
+    both = config.target_modules is not None and check_target_module_exists(config, key)
+    if both and not isinstance(module, nn.MultiheadAttention):
+        raise ValueError(
+            f"cannot adapt the parameter {name!r}: its module is in `target_modules`, too. Name it "
+            "in only one of `target_modules` and `target_parameters`"
+        )
+
+
+def _check_no_dropout(config: FloraConfig, name: str) -> None:
+    if config.dropout > 0:
+        raise ValueError(
+            f"cannot adapt {name!r} with dropout={config.dropout}: it runs with W + ΔW, so the "
+            "added branch has no input of its own to drop from. Set `dropout=0`, or leave it out"
+        )
+
+
+def _is_target_parameter(config: FloraConfig, name: str) -> bool:
+    targets = config.target_parameters or ()
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _without_base_layers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "base_layer")

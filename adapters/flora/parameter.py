@@ -1,0 +1,168 @@
+"""FLoRA for parameters that a module uses by itself, such as a packed `in_proj_weight`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .config import FloraConfig
+from .functional import init_tucker, resolve_ranks
+from .layer import FloraLayer, dense_delta
+from .shapes import parameter_shape
+
+
+class FloraParameters(FloraLayer):
+    """A module that runs with W + ΔW in the place of some of its own parameters.
+
+    Nothing is left on the module: each call substitutes the adapted parameters for its duration.
+    Whoever reads an adapted parameter from outside, as PyTorch's attention fast path does, gets
+    W + ΔW as well; every other attribute is the module's own.
+
+    Args:
+        base_layer: the module that owns the parameters.
+        adapter_name: name of the first adapter.
+        config: its config.
+        settings: ranks and scale for each parameter's name.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: FloraConfig,
+        settings: Mapping[str, tuple[int | Sequence[int], float]],
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(base_layer, BaseTunerLayer):
+            raise ValueError(
+                f"parameters {list(settings)} cannot be adapted: another method's "
+                f"{type(base_layer).__name__} layer is wrapped around their module"
+            )
+        super().__init__(base_layer, adapter_name, **kwargs)
+        self.update_layer(adapter_name, config, settings)
+
+    @staticmethod
+    def _container() -> nn.Module:
+        return nn.ModuleDict()
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: FloraConfig,
+        settings: Mapping[str, tuple[int | Sequence[int], float]],
+    ) -> None:
+        """Add parameters to an adapter; other parameters and adapters stay as they are."""
+        (scale,) = {scale for _, scale in settings.values()}
+        if adapter_name not in self.scaling:
+            self._enter_adapter(adapter_name, config, scale)
+        for name, (r, _) in settings.items():
+            parameter = getattr(self.base_layer, name)
+            shape = parameter_shape(parameter)
+            ranks = resolve_ranks(r, shape)
+            self._make_room(len(shape))
+            core, factors = init_tucker(shape, ranks, config.init_weights)
+            self.r.setdefault(adapter_name, {})[name] = ranks
+            for container, value in zip(
+                (self.flora_core, *(getattr(self, f"flora_factor{i}") for i in range(len(shape)))),
+                (core, *factors),
+                strict=True,
+            ):
+                if adapter_name not in container:
+                    container[adapter_name] = nn.ParameterDict()
+                value = _like(value, parameter)
+                container[adapter_name][name] = nn.Parameter(value)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def adapts(self, name: str, adapter: str) -> bool:
+        """Say whether the adapter changes the parameter."""
+        return name in self.r.get(adapter, ())
+
+    def get_delta_weight(self, adapter: str, name: str | None = None) -> Tensor:
+        """Return ΔW of an adapter for one parameter, which can be left out if there is only one."""
+        names = list(self.r[adapter])
+        if name is None and len(names) > 1:
+            raise ValueError(
+                f"the adapter {adapter!r} changes several parameters: name one of {names}"
+            )
+        delta = self._delta(adapter, names[0] if name is None else name)
+        if delta is None:
+            raise ValueError(f"the adapter {adapter!r} does not change {name!r}, only {names}")
+        return delta
+
+    def _adapted_names(self, adapter_names: Iterable[str]) -> list[str]:
+        names = (name for adapter in self._present(adapter_names) for name in self.r[adapter])
+        return list(dict.fromkeys(names))
+
+    def _delta(self, adapter: str, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
+        if not self.adapts(name, adapter):
+            return None
+        axes = len(self.r[adapter][name])
+        core = self.flora_core[adapter][name]
+        factors = [getattr(self, f"flora_factor{axis}")[adapter][name] for axis in range(axes)]
+        return dense_delta(core, factors, self.scaling[adapter], dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module with W + Σ ΔW of the active adapters."""
+        if kwargs.pop("adapter_names", None) is not None and not self.disable_adapters:
+            raise ValueError(
+                f"`adapter_names` cannot be used where parameters are adapted by themselves (here "
+                f"{self._adapted_names(self.scaling)}): one module call has one weight for the "
+                "whole batch"
+            )
+        adapters = self._applied()
+        if not adapters:
+            return self.base_layer(*args, **kwargs)
+        effective = {
+            name: self._effective(name, adapters) for name in self._adapted_names(adapters)
+        }
+        return functional_call(self.base_layer, effective, args, kwargs)
+
+    def _effective(self, name: str, adapters: Sequence[str]) -> Tensor:
+        return self._sum(name, getattr(self.base_layer, name), adapters)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not built yet: nothing to forward to
+                raise
+        adapters = [a for a in self._applied() if self.adapts(name, a)]
+        return self._effective(name, adapters) if adapters else getattr(self.base_layer, name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The module's own `weight`, adapted if it is among the adapted parameters."""
+        return self.__getattr__("weight")
+
+    @property
+    def bias(self) -> Tensor:
+        """The module's own `bias`, adapted if it is among the adapted parameters."""
+        return self.__getattr__("bias")
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the module without this layer and without those inside it."""
+        inner = [
+            (name, child)
+            for name, child in self.base_layer.named_children()
+            if isinstance(child, FloraLayer)
+        ]
+        for layer in (*(child for _, child in inner), self):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        for name, child in inner:
+            setattr(self.base_layer, name, child.base_layer)
+        return self.base_layer
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Move a fresh tensor to a parameter's device and floating dtype."""
+    dtype = parameter.dtype if parameter.is_floating_point() else None
+    device = None if parameter.device.type == "meta" else parameter.device
+    return value.to(device=device, dtype=dtype)

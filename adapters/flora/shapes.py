@@ -1,0 +1,96 @@
+"""What FLoRA can adapt: which modules and parameters, and the shapes of what is added to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+SUPPORTED = (nn.Linear, Conv1D, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding)
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """Return the shape of a module's weight, from attributes that hold when it is sharded, too.
+
+    Raises:
+        TypeError: the module is of no supported type.
+
+    Example:
+        >>> weight_shape(nn.Conv2d(8, 16, 3, groups=2))
+        (16, 4, 3, 3)
+    """
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    if isinstance(module, CONVOLUTIONS):
+        return module.out_channels, module.in_channels // module.groups, *module.kernel_size
+    if isinstance(module, TRANSPOSED):
+        return module.in_channels, module.out_channels // module.groups, *module.kernel_size
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if isinstance(module, nn.Linear) or _is_quantized_linear(module):
+        return module.out_features, module.in_features
+    names = ", ".join(f"`{cls.__module__.split('.')[0]}.{cls.__name__}`" for cls in SUPPORTED)
+    raise TypeError(
+        f"modules of type {type(module).__name__} are not supported. Supported are {names}, "
+        "`torch.nn.MultiheadAttention`, and parameters by name through `target_parameters`"
+    )
+
+
+def parameter_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Return the whole shape of a parameter that DeepSpeed may have partitioned."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def projection_names(attention: nn.MultiheadAttention) -> list[str]:
+    """Return the names of the input projections' parameters: one if packed, three otherwise."""
+    if attention.in_proj_weight is not None:
+        return ["in_proj_weight"]
+    return ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+
+
+def tensor_shapes(
+    shape: Sequence[int], ranks: Sequence[int], parameter: str | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an adapter's tensors by their names under the layer in a checkpoint."""
+    tail = "" if parameter is None else f".{parameter}"
+    shapes = {f"flora_core{tail}": tuple(ranks)}
+    for axis, size in enumerate(zip(shape, ranks, strict=True)):
+        shapes[f"flora_factor{axis}{tail}"] = size
+    return shapes
+
+
+def stride_product(module: nn.Module) -> int:
+    """Return the product of a convolution's strides, 1 for other layers."""
+    return math.prod(getattr(module, "stride", ()) or (1,))
+
+
+def runs_as_defined(module: nn.Module) -> bool:
+    """Say whether a module computes what its supported base class computes.
+
+    Subclasses do otherwise at times: they standardise their weight or pad by a rule of their own.
+    Adding the output of ΔW alone would be wrong then; such a layer is run with W + ΔW instead.
+    """
+    if _is_quantized_linear(module):
+        return True
+    base = next((cls for cls in SUPPORTED if isinstance(module, cls)), None)
+    if base is None:
+        return False
+    if isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):
+        return True  # the scale is known and applied
+    return all(
+        getattr(type(module), name, None) is getattr(base, name, None)
+        for name in ("forward", "_conv_forward", "_output_padding")
+    )
+
+
+def _is_quantized_linear(module: nn.Module) -> bool:
+    # torchao asks for the model's own quantiser at this point: that one is an nn.Linear anyway.
+    backend = resolve_quantization_backend(module, get_apply_tensor_subclass=len)
+    return (
+        backend is not None and hasattr(module, "out_features") and hasattr(module, "in_features")
+    )
