@@ -1,0 +1,153 @@
+"""Models with an image tower and a text tower: what transformers and open_clip do differently."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+# Trained with texts padded to one length and no attention mask: padding is part of these models.
+_PADDED_TO_FULL_LENGTH = {"siglip", "siglip2"}
+
+
+@dataclass(frozen=True)
+class JointOutput:
+    """What one forward pass over B images and T texts returned.
+
+    Args:
+        logits: the model's own image-by-text logits, (B, T).
+        text_features: text features of length one, (T, D).
+        logit_bias: what was added to every logit; None where the model has no bias.
+    """
+
+    logits: torch.Tensor
+    text_features: torch.Tensor
+    logit_bias: torch.Tensor | None
+
+
+def base_of(model: nn.Module) -> Any:
+    """Return the library's own model under DDP, FSDP, torch.compile and PEFT."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def is_transformers(base: nn.Module) -> bool:
+    """Tell a transformers model with two towers from one of open_clip.
+
+    Raises:
+        TypeError: the model is neither.
+    """
+    if hasattr(base, "get_image_features") and hasattr(base, "get_text_features"):
+        return True
+    if hasattr(base, "encode_image") and hasattr(base, "encode_text"):
+        return False
+    raise TypeError(
+        f"{type(base).__name__} has no image tower beside a text tower; give a CLIP or SigLIP "
+        "model of transformers (CLIPModel, SiglipModel, AutoModel.from_pretrained) or of open_clip"
+    )
+
+
+def tokenize(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Tokenize texts into the keyword arguments that the model takes beside its images.
+
+    Texts are padded to the longest of them where that gives the same features as padding to the
+    full length: a causal text tower that pools at the end of the text never looks at its padding.
+
+    Args:
+        model: a model with two towers, wrapped or not.
+        tokenizer: a transformers tokenizer or processor, or an open_clip tokenizer.
+        texts: T texts.
+
+    Returns:
+        Integer tensors of shape (T, length).
+
+    Raises:
+        ValueError: a text has more tokens than the model has positions.
+        TypeError: the tokenizer belongs to another library than the model.
+    """
+    base = base_of(model)
+    if is_transformers(base):
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    if is_transformers(base) != isinstance(tokenizer, PreTrainedTokenizerBase):
+        given = "transformers" if is_transformers(base) else "open_clip"
+        raise TypeError(
+            f"{type(base).__name__} is a model of {given}, {type(tokenizer).__name__} is not a "
+            "tokenizer for it; use AutoProcessor.from_pretrained(...) with transformers and "
+            "open_clip.get_tokenizer(...) with open_clip"
+        )
+    if not is_transformers(base):
+        # Its text tower adds all positions at once: only the full length fits.
+        length = base.context_length if hasattr(base, "context_length") else None
+        return {"text": tokenizer(list(texts), context_length=length)}
+    text_config = base.config.text_config
+    most = getattr(text_config, "max_position_embeddings", tokenizer.model_max_length)
+    full = base.config.model_type in _PADDED_TO_FULL_LENGTH
+    padding = {"padding": "max_length", "max_length": most} if full else {"padding": "longest"}
+    tokens = dict(tokenizer(list(texts), return_tensors="pt", **padding))
+    if tokens["input_ids"].shape[1] > most:
+        longest = max(texts, key=lambda text: len(tokenizer(text)["input_ids"]))
+        raise ValueError(
+            f"{longest!r} has {len(tokenizer(longest)['input_ids'])} tokens, the model takes at "
+            f"most {most}; shorten the class name or the template"
+        )
+    tokens.pop("token_type_ids", None)
+    return tokens
+
+
+def joint_forward(
+    model: nn.Module, tokens: Mapping[str, torch.Tensor], pixel_values: torch.Tensor
+) -> JointOutput:
+    """Call the model once, through every wrapper around it, on all images and all texts.
+
+    Args:
+        model: a model with two towers, wrapped or not.
+        tokens: what `tokenize` returned, on the model's device.
+        pixel_values: B preprocessed images, (B, channels, height, width).
+    """
+    base = base_of(model)
+    if is_transformers(base):
+        output = model(pixel_values=pixel_values, **tokens)
+        bias = getattr(base, "logit_bias", None)
+        return JointOutput(output.logits_per_image, output.text_embeds, bias)
+    output = model(image=pixel_values, **tokens)
+    if isinstance(output, dict):
+        image, text = output["image_features"], output["text_features"]
+        scale, bias = output["logit_scale"], output.get("logit_bias")
+    else:
+        image, text, scale, bias = (*output, None)[:4]
+    logits = scale * image @ text.T
+    return JointOutput(logits if bias is None else logits + bias, text, bias)
+
+
+def encode_texts(model: nn.Module, tokens: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the features of T texts, of length one: (T, D). For inference: passes wrappers by."""
+    base = base_of(model)
+    if is_transformers(base):
+        features = base.get_text_features(**tokens)
+    else:
+        features = base.encode_text(tokens["text"])
+    return nn.functional.normalize(getattr(features, "pooler_output", features), dim=-1)
+
+
+def encode_images(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return the features of B images, of length one: (B, D). For inference: passes wrappers by."""
+    base = base_of(model)
+    if is_transformers(base):
+        features = base.get_image_features(pixel_values=pixel_values)
+    else:
+        features = base.encode_image(pixel_values)
+    return nn.functional.normalize(getattr(features, "pooler_output", features), dim=-1)
+
+
+def logits_of(model: nn.Module, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """Return exp(logit_scale) · images · textsᵀ + logit_bias: (B, D) and (T, D) to (B, T)."""
+    base = base_of(model)
+    logits = base.logit_scale.exp() * images @ texts.T
+    bias = getattr(base, "logit_bias", None)
+    return logits if bias is None else logits + bias
