@@ -13,7 +13,7 @@ from .functional import (
     conv_transpose_branch,
     conv_transpose_dense,
 )
-from .layer import FloraWeight
+from .weight import FloraWeight
 
 
 class ConvNd(FloraWeight):
@@ -41,7 +41,7 @@ class ConvNd(FloraWeight):
         }
         x = x if is_batched else x.unsqueeze(0)
         if self.uses_chain[adapter]:
-            core, factors = self._tucker(adapter)
+            core, factors = self.tensors(adapter)
             branch = conv_branch(x, core, factors, self.scaling[adapter], **geometry)
         else:
             branch = conv_dense(x, self.get_delta_weight(adapter), **geometry)
@@ -69,7 +69,7 @@ class ConvTransposeNd(FloraWeight):
         }
         x = x if is_batched else x.unsqueeze(0)
         if self.uses_chain[adapter]:
-            core, factors = self._tucker(adapter)
+            core, factors = self.tensors(adapter)
             branch = conv_transpose_branch(x, core, factors, self.scaling[adapter], **geometry)
         else:
             branch = conv_transpose_dense(x, self.get_delta_weight(adapter), **geometry)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from .functional import add_embedding
-from .layer import FloraWeight
+from .weight import FloraWeight
 
 
 class Embedding(FloraWeight):
@@ -18,6 +20,9 @@ class Embedding(FloraWeight):
     def _prepare(self) -> None:
         base = self.get_base_layer()
         self.in_features, self.out_features = base.num_embeddings, base.embedding_dim
+
+    def _is_chain_cheaper(self, shape: Sequence[int], ranks: Sequence[int], one_op: bool) -> bool:
+        return True  # a few rows are looked up; ΔW is as large as the table
 
     def _prepare_factors(self, factors: list[Tensor]) -> None:
         padding = self.get_base_layer().padding_idx

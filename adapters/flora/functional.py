@@ -89,6 +89,37 @@ def init_tucker(
     return core, factors
 
 
+def concatenate(
+    parts: Sequence[tuple[Tensor, Sequence[Tensor]]], weights: Sequence[float]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return Σ_i w_i G_i ×_0 U_{i,0} ... as one Tucker form: ranks add up.
+
+    The core is block-diagonal and the factors stand side by side. Where the ranks of an axis add
+    up to more than its dimension, the factor is multiplied into the core and the identity takes
+    its place, which is exact as well.
+
+    Args:
+        parts: core and factors of each form.
+        weights: w_i.
+    """
+    cores = [core for core, _ in parts]
+    axes = cores[0].dim()
+    core = cores[0].new_zeros([sum(c.shape[axis] for c in cores) for axis in range(axes)])
+    start = [0] * axes
+    for block, weight in zip(cores, weights, strict=True):
+        window = [slice(s, s + n) for s, n in zip(start, block.shape, strict=True)]
+        core[tuple(window)] = weight * block
+        start = [s + n for s, n in zip(start, block.shape, strict=True)]
+    factors = [torch.cat([part[1][axis] for part in parts], dim=1) for axis in range(axes)]
+    for axis, factor in enumerate(factors):
+        size, rank = factor.shape
+        if rank > size:
+            moved = torch.tensordot(core, factor, dims=([axis], [1]))  # axis goes last
+            core = moved.movedim(-1, axis).contiguous()
+            factors[axis] = torch.eye(size, dtype=factor.dtype, device=factor.device)
+    return core, factors
+
+
 def chain_is_cheaper(
     shape: Sequence[int],
     ranks: Sequence[int],

@@ -11,11 +11,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .config import FloraConfig
-from .functional import chain_is_cheaper, init_tucker, resolve_ranks, tucker_weight
-from .shapes import runs_as_defined, stride_product, weight_shape
+from .functional import concatenate, tucker_weight
 
 
 class FloraLayer(nn.Module, BaseTunerLayer):
@@ -82,7 +80,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             self.scaling[adapter] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scale of the active adapters by `scale`; None returns to the configured one."""
+        """Divide the scale of active adapters by `scale`; None goes back to the configured one."""
         for adapter in self._present(self.active_adapters):
             if scale is None:
                 self.scaling[adapter] = self.scale[adapter]
@@ -92,12 +90,38 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     # Merging.
 
     @abstractmethod
-    def _adapted_names(self, adapter_names: Iterable[str]) -> list[str]:
-        """Return the names of the base tensors that the adapters change."""
+    def adapted_names(self, adapter_names: Iterable[str]) -> list[str]:
+        """Return the names of the base tensors that any of the adapters changes."""
 
     @abstractmethod
+    def tensors(self, adapter: str, name: str) -> tuple[Tensor, list[Tensor]] | None:
+        """Return core and factors for one base tensor; None where the adapter has none."""
+
     def _delta(self, adapter: str, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
-        """Return ΔW of one base tensor, computed in `dtype`; None where the adapter has none."""
+        """Return ΔW of one base tensor, computed in `dtype` or the adapter's own."""
+        tensors = self.tensors(adapter, name)
+        return None if tensors is None else dense_delta(*tensors, self.scaling[adapter], dtype)
+
+    @torch.no_grad()
+    def weighted_sum(
+        self, adapters: Sequence[str], weights: Sequence[float], name: str
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return core and factors of Σ_i w_i ΔW_i for one base tensor, at scale 1."""
+        parts, factors = [], []
+        for adapter, weight in zip(adapters, weights, strict=True):
+            if (tensors := self.tensors(adapter, name)) is not None:
+                parts.append(tensors)
+                factors.append(weight * self.scaling[adapter])
+        return concatenate(parts, factors)
+
+    @torch.no_grad()
+    def load_tensors(
+        self, adapter: str, name: str, values: tuple[Tensor, Sequence[Tensor]]
+    ) -> None:
+        """Overwrite an adapter's core and factors for one base tensor."""
+        core, factors = self.tensors(adapter, name)
+        for own, value in zip((core, *factors), (values[0], *values[1]), strict=True):
+            own.copy_(value)
 
     def _read(self, name: str) -> Tensor:
         """Return a base tensor as it is now, in floating point."""
@@ -115,7 +139,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         """Return the base tensors that adapters change, as they are without any adapter."""
         return {
             name: self._backups.get(name, getattr(self.get_base_layer(), name))
-            for name in self._adapted_names(self.scaling)
+            for name in self.adapted_names(self.scaling)
         }
 
     def _sum(self, name: str, weight: Tensor, adapters: Sequence[str]) -> Tensor:
@@ -154,7 +178,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             )
         together = [*self.merged_adapters, *names]
         originals, merged = {}, {}
-        for tensor in self._adapted_names(together):
+        for tensor in self.adapted_names(together):
             originals[tensor] = self._backups.get(tensor)
             if originals[tensor] is None:
                 originals[tensor] = self._read(tensor).clone()
@@ -190,163 +214,6 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"flora.{super().__repr__()}"
-
-
-class FloraWeight(FloraLayer):
-    """A FLoRA layer around a module with one weight.
-
-    Args:
-        base_layer: the module, possibly inside other tuner layers.
-        adapter_name: name of the first adapter.
-        config: its config.
-        r, scale: its ranks and scale.
-        weight_is_read: the parent reads `layer.weight` instead of calling the layer, as
-            `nn.MultiheadAttention` does with its `out_proj` and the fast path of
-            `nn.TransformerEncoderLayer` with its linear layers: `weight` then reads as W + ΔW.
-    """
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: FloraConfig,
-        r: int | Sequence[int],
-        scale: float,
-        weight_is_read: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(base_layer, adapter_name, **kwargs)
-        base = self.get_base_layer()
-        self.weight_is_read = weight_is_read
-        self._runs_as_defined = runs_as_defined(base)
-        self._make_room(len(weight_shape(base)))
-        self._prepare()
-        self.update_layer(adapter_name, config, r, scale)
-
-    def update_layer(
-        self, adapter_name: str, config: FloraConfig, r: int | Sequence[int], scale: float
-    ) -> None:
-        """Add an adapter, or start one afresh; other adapters stay as they are."""
-        base = self.get_base_layer()
-        shape = weight_shape(base)
-        ranks = resolve_ranks(r, shape)
-        core, factors = init_tucker(shape, ranks, config.init_weights)
-        self._prepare_factors(factors)
-        self._enter_adapter(adapter_name, config, scale)
-        self.r[adapter_name] = ranks
-        self.flora_core[adapter_name] = nn.Parameter(core)
-        for axis, factor in enumerate(factors):
-            getattr(self, f"flora_factor{axis}")[adapter_name] = nn.Parameter(factor)
-        # Decided here, once: a decision in forward would be one more thing to compile.
-        self.uses_chain[adapter_name] = self._runs_as_defined and chain_is_cheaper(
-            shape,
-            ranks,
-            groups=getattr(base, "groups", 1),
-            stride=stride_product(base),
-            one_op=self._can_run_as_one(base) and config.dropout == 0,
-        )
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _prepare(self) -> None:
-        """Note what is particular to the layer's type, before the first adapter."""
-
-    def _prepare_factors(self, factors: list[Tensor]) -> None:
-        """Adjust freshly drawn factors to the layer."""
-
-    def _tucker(self, adapter: str) -> tuple[Tensor, list[Tensor]]:
-        core, *factors = (getattr(self, name)[adapter] for name in self.adapter_layer_names)
-        return core, factors
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return ΔW of an adapter in the base weight's shape and the adapter's dtype."""
-        return self._delta(adapter, "weight")
-
-    def _adapted_names(self, adapter_names: Iterable[str]) -> list[str]:
-        return ["weight"] if self._present(adapter_names) else []
-
-    def _delta(self, adapter: str, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        core, factors = self._tucker(adapter)
-        return dense_delta(core, factors, self.scaling[adapter], dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base weight; W + ΔW where the parent reads it to compute with."""
-        if self.weight_is_read and (adapters := self._applied()):
-            return self._sum("weight", self.get_base_layer().weight, adapters)
-        return super().weight
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the output of the base layer plus that of the active adapters.
-
-        Args:
-            x: the base layer's input.
-            args, kwargs: the base layer's own, and `adapter_names` with one name for each entry
-                of the batch ("__base__" for none).
-        """
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is not None and not self.disable_adapters:
-            return self._mixed_batch(x, *args, adapter_names=adapter_names, **kwargs)
-        adapters = self._applied()
-        if (
-            adapters
-            and self._can_run_as_one()
-            and not any(
-                self.uses_chain[a] or (self.training and a in self.flora_dropout) for a in adapters
-            )
-        ):
-            weight = self._sum("weight", self.base_layer.weight, adapters)
-            return functional_call(self.base_layer, {"weight": weight}, (x, *args), kwargs)
-        result = self.base_layer(x, *args, **kwargs)
-        for adapter in adapters:
-            result = self._add_branch(result, x, adapter)
-        return result
-
-    def _mixed_batch(
-        self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
-    ) -> Tensor:
-        """Run every entry of the batch with an adapter of its own."""
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call "
-                "`unmerge_adapter` first."
-            )
-        result = self.base_layer(x, *args, **kwargs)
-        for adapter in self._present(dict.fromkeys(adapter_names)):
-            rows = [row for row, name in enumerate(adapter_names) if name == adapter]
-            result[rows] = self._add_branch(result[rows], x[rows], adapter)
-        return result
-
-    def _can_run_as_one(self, base: nn.Module | None = None) -> bool:
-        """Say whether the base layer may be run with W + ΔW in the place of W.
-
-        Not when other tuner layers or hooks stand around it, nor in half precision, where W would
-        swallow a small ΔW.
-        """
-        base = self.base_layer if base is None else base
-        if not self._runs_as_defined:
-            return True
-        return (
-            "weight" in base._parameters  # not quantised, flattened or parametrised
-            and self.quantization_backend is None
-            and not isinstance(self.base_layer, BaseTunerLayer)
-            and base.weight.dtype in (torch.float32, torch.float64)
-            and not hasattr(base, "_hf_hook")  # offloaded by accelerate
-            and not hasattr(base.weight, "ds_id")  # partitioned by DeepSpeed
-        )
-
-    @abstractmethod
-    def _add_branch(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
-        """Return the base layer's result plus the adapter's part, in the dtype of the result."""
-
-    def _branch_input(self, x: Tensor, adapter: str) -> Tensor:
-        x = self._cast_input_dtype(x, self.flora_core[adapter].dtype)
-        return self.flora_dropout[adapter](x) if adapter in self.flora_dropout else x
 
 
 def dense_delta(

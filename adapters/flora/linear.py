@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from .functional import add_linear
-from .layer import FloraWeight
+from .weight import FloraWeight
 
 
 class Linear(FloraWeight):

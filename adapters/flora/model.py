@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft.tuners.tuners_utils import (
@@ -21,14 +22,17 @@ from peft.utils import (
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..messages import listing
+from ..messages import listing, nearest
 from ..tuner import GraftTuner
+from .batches import mixed_batch
+from .combine import combined_config, places
 from .config import FloraConfig
 from .conv import ConvNd, ConvTransposeNd
 from .embedding import Embedding
 from .functional import resolve_ranks
-from .layer import FloraLayer, FloraWeight
+from .layer import FloraLayer
 from .linear import Linear
 from .parameter import FloraParameters
 from .shapes import (
@@ -40,6 +44,7 @@ from .shapes import (
     tensor_shapes,
     weight_shape,
 )
+from .weight import FloraWeight
 
 # These read the weights of their linear layers at least at times, instead of calling the layers.
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -97,7 +102,7 @@ class FloraModel(GraftTuner):
                 "every forward pass. Set `max_norm=None`, or leave the module out with "
                 "`exclude_modules`"
             )
-        if not runs_as_defined(module):
+        if not runs_as_defined(module) or isinstance(module, NonDynamicallyQuantizableLinear):
             _check_no_dropout(config, key)
         return tensor_shapes(shape, _ranks(config, key, shape))
 
@@ -286,6 +291,70 @@ class FloraModel(GraftTuner):
         if isinstance(target, FloraParameters) and target.adapts(name, adapter_name):
             return  # came with its module
         self._create_and_replace(config, adapter_name, target, target_name, parent, key, name)
+
+    # Several adapters.
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        adapter_names = kwargs.get("adapter_names")
+        beams = kwargs.get("num_beams")
+        context = (
+            nullcontext()
+            if adapter_names is None
+            else mixed_batch(self.model, adapter_names, beams if isinstance(beams, int) else 1)
+        )
+        with context:
+            yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+    ) -> None:
+        """Add an adapter whose ΔW is Σ_i w_i ΔW_i, exactly.
+
+        The sum of Tucker forms is one with a block-diagonal core and concatenated factors; its
+        ranks are the sums of theirs, up to the dimensions of the weight.
+
+        Args:
+            adapters: names of the adapters to add up.
+            weights: w_i, one for each.
+            adapter_name: name of the new adapter. It is not made active.
+            combination_type: "cat". LoRA's other types have no counterpart: they approximate, or
+                add factors that only mean something as a product.
+
+        Raises:
+            ValueError: an adapter does not exist, the name is taken, numbers do not match, or the
+                type is another.
+
+        Example:
+            >>> model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")  # doctest: +SKIP
+        """
+        if combination_type != "cat":
+            raise ValueError(
+                f"combination_type={combination_type!r} is not supported by FLoRA: use 'cat', "
+                "which is the exact sum"
+            )
+        if missing := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(
+                f"Adapter {missing[0]} does not exist.{nearest(missing[0], self.peft_config)} "
+                f"There are {listing(self.peft_config)}."
+            )
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"got {len(weights)} weights for {len(adapters)} adapters")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter {adapter_name!r} already: choose another name")
+        tensors = {
+            place: layer.weighted_sum(adapters, weights, place[1] or "weight")
+            for place, layer in places(self.model, adapters).items()
+        }
+        configs = [self.peft_config[name] for name in adapters]
+        self.peft_config[adapter_name] = combined_config(configs, tensors)
+        self.inject_adapter(self.model, adapter_name)
+        for place, layer in places(self.model, [adapter_name]).items():
+            layer.load_tensors(adapter_name, place[1] or "weight", tensors[place])
 
     # Merging.
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from .config import FloraConfig
 from .functional import init_tucker, resolve_ranks
-from .layer import FloraLayer, dense_delta
+from .layer import FloraLayer
 from .shapes import parameter_shape
 
 
@@ -94,32 +93,29 @@ class FloraParameters(FloraLayer):
             raise ValueError(f"the adapter {adapter!r} does not change {name!r}, only {names}")
         return delta
 
-    def _adapted_names(self, adapter_names: Iterable[str]) -> list[str]:
+    def adapted_names(self, adapter_names: Iterable[str]) -> list[str]:
         names = (name for adapter in self._present(adapter_names) for name in self.r[adapter])
         return list(dict.fromkeys(names))
 
-    def _delta(self, adapter: str, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
+    def tensors(self, adapter: str, name: str) -> tuple[Tensor, list[Tensor]] | None:
         if not self.adapts(name, adapter):
             return None
         axes = len(self.r[adapter][name])
-        core = self.flora_core[adapter][name]
         factors = [getattr(self, f"flora_factor{axis}")[adapter][name] for axis in range(axes)]
-        return dense_delta(core, factors, self.scaling[adapter], dtype)
+        return self.flora_core[adapter][name], factors
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module with W + Σ ΔW of the active adapters."""
         if kwargs.pop("adapter_names", None) is not None and not self.disable_adapters:
             raise ValueError(
                 f"`adapter_names` cannot be used where parameters are adapted by themselves (here "
-                f"{self._adapted_names(self.scaling)}): one module call has one weight for the "
+                f"{self.adapted_names(self.scaling)}): one module call has one weight for the "
                 "whole batch"
             )
         adapters = self._applied()
         if not adapters:
             return self.base_layer(*args, **kwargs)
-        effective = {
-            name: self._effective(name, adapters) for name in self._adapted_names(adapters)
-        }
+        effective = {name: self._effective(name, adapters) for name in self.adapted_names(adapters)}
         return functional_call(self.base_layer, effective, args, kwargs)
 
     def _effective(self, name: str, adapters: Sequence[str]) -> Tensor:
