@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import struct
 from collections.abc import Mapping
 
 import torch
@@ -49,7 +50,8 @@ def base_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     for name in names:
         structure.update(f"{name}{tuple(tensors[name].shape)};".encode())
     values = _sample([tensors[name] for name in names])
-    encoded = base64.b64encode(values.view(torch.int16).numpy().astype("<i2").tobytes()).decode()
+    bits = values.view(torch.int16).tolist()
+    encoded = base64.b64encode(struct.pack(f"<{len(bits)}h", *bits)).decode()
     return f"{VERSION}:{structure.hexdigest()[:16]}:{encoded}"
 
 
@@ -93,5 +95,6 @@ def _sample(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _decode(values: str) -> torch.Tensor:
-    bits = torch.frombuffer(bytearray(base64.b64decode(values)), dtype=torch.int16)
-    return bits.view(torch.bfloat16).double()
+    count = len(decoded := base64.b64decode(values)) // 2
+    bits = struct.unpack(f"<{count}h", decoded)
+    return torch.tensor(bits, dtype=torch.int16).view(torch.bfloat16).double()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
 
 import torch
 from peft import PeftConfig
@@ -21,6 +20,7 @@ from .checkpoint import check_fits, check_not_empty
 from .config import GraftConfig
 from .digest import base_digest, difference
 from .messages import listing, nearest, warn_once
+from .modules import base_modules, canonical_name, without_index
 
 
 class BaseModelMismatchError(ValueError):
@@ -91,7 +91,7 @@ class GraftTuner(BaseTuner):
             return
         config = _maybe_include_all_linear_layers(config, model)
         found = False
-        for key, module in _base_modules(model):
+        for key, module in base_modules(model):
             if self._check_target_module_exists(config, key):
                 self.adapter_shapes(config, key, module, None)
                 found = True
@@ -104,12 +104,12 @@ class GraftTuner(BaseTuner):
 
     def _no_match_message(self, model: nn.Module, config: PeftConfig) -> str:
         candidates: dict[str, None] = {}
-        for key, module in _base_modules(model):
+        for key, module in base_modules(model):
             try:
                 self.adapter_shapes(config, key, module, None)
             except (TypeError, ValueError):
                 continue
-            candidates[_without_index(key)] = None
+            candidates[without_index(key)] = None
         given = {
             name: getattr(config, name)
             for name in ("target_modules", "target_parameters", "exclude_modules")
@@ -118,9 +118,11 @@ class GraftTuner(BaseTuner):
         }
         wanted = config.target_modules
         first = wanted if isinstance(wanted, str) else next(iter(sorted(wanted or ())), "")
+        parts = [key.split(".") for key in candidates]
+        endings = {".".join(names[i:]) for names in parts for i in range(len(names))}
         return (
             f"no module of the model is targeted by {given}."
-            f"{nearest(first, candidates)} Modules that can be adapted: {listing(candidates)}."
+            f"{nearest(first, sorted(endings))} Modules that can be adapted: {listing(candidates)}."
         )
 
     # The digest of the base model.
@@ -204,7 +206,7 @@ def digest_of_targets(model: nn.Module, adapter_name: str) -> str | None:
         if adapter_name not in layer._get_available_adapters():
             continue
         for name, tensor in _adapted_tensors(layer).items():
-            tensors[f"{_canonical(key)}.{name}"] = tensor
+            tensors[f"{canonical_name(key)}.{name}"] = tensor
     for name, tensor in tensors.items():
         reason = _not_comparable(tensor)
         if reason is not None:
@@ -244,33 +246,6 @@ def _not_comparable(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the base model's modules by name, without the insides of tuner layers around them."""
-    inside: list[str] = []
-    for key, module in model.named_modules():
-        if any(key.startswith(prefix) for prefix in inside):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside.append(f"{key}.")
-            module = module.get_base_layer()
-        if key:
-            yield key, module
-
-
 def _targets_parameter(config: PeftConfig, name: str) -> bool:
     targets = getattr(config, "target_parameters", None) or ()
     return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _canonical(key: str) -> str:
-    """The module's name in the bare base model."""
-    return ".".join(
-        part for part in key.removeprefix("base_model.model.").split(".") if part != "base_layer"
-    )
-
-
-def _without_index(key: str) -> str:
-    """The name from behind its last layer number on: what `target_modules` usually says."""
-    parts = key.split(".")
-    numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
-    return ".".join(parts[numbers[-1] + 1 :]) if numbers else key

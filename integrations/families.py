@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from graftune.adapters.modules import base_modules
+
 LINEAR = (nn.Linear, Conv1D)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ATTENTION = (nn.MultiheadAttention,)
@@ -71,24 +73,25 @@ def default_targets(model: nn.Module) -> list[str]:
 
     These are linear layers, whole `nn.MultiheadAttention`s and convolutions that are not depthwise
     (a low-rank adapter of a depthwise layer is larger than the layer). A model without repeated
-    blocks is taken as one block. The names are shortened to what follows the block's number when
-    that means the same layers.
+    blocks is taken as one block. Names are shortened to what follows the block's number where that
+    means the same layers.
 
     Example:
         >>> block = lambda: nn.ModuleDict({"up": nn.Linear(2, 4), "down": nn.Linear(4, 2)})
         >>> default_targets(nn.ModuleList([block(), block()]))
         ['down', 'up']
     """
-    layers = {key: module for key, module in model.named_modules() if _is_candidate(module)}
+    every = dict(base_modules(model))
+    layers = {key: module for key, module in every.items() if _is_candidate(module)}
     attentions = [key for key, module in layers.items() if isinstance(module, ATTENTION)]
     names = [
         key
         for key in layers
         # The projections inside an nn.MultiheadAttention are adapted with it.
-        if key and not any(key.startswith(f"{attention}.") for attention in attentions)
+        if not any(key.startswith(f"{attention}.") for attention in attentions)
     ]
     in_blocks = [key for key in names if _block_number(key) is not None]
-    return _shorten(in_blocks or names, [key for key, _ in model.named_modules()])
+    return _shorten(in_blocks or names, list(every))
 
 
 def _is_candidate(module: nn.Module) -> bool:
@@ -105,11 +108,14 @@ def _block_number(key: str) -> int | None:
 
 
 def _shorten(names: list[str], every: list[str]) -> list[str]:
-    """Suffixes that match `names` and no other of the model's modules, else the names themselves."""
-    suffixes = set()
+    """The shortest endings, from behind a block's number on, that match `names` and nothing else."""
+    others = set(every) - set(names)
+    endings = {".".join(key.split(".")[i:]) for key in others for i in range(key.count(".") + 1)}
+    chosen = set()
     for name in names:
+        parts = name.split(".")
         number = _block_number(name)
-        suffixes.add(name if number is None else ".".join(name.split(".")[number + 1 :]))
-    ends = tuple(f".{suffix}" for suffix in suffixes)
-    matched = {key for key in every if key in suffixes or key.endswith(ends)}
-    return sorted(suffixes) if matched == set(names) else sorted(names)
+        first = 0 if number is None else number + 1
+        suffixes = (".".join(parts[i:]) for i in range(first, -1, -1))
+        chosen.add(next(suffix for suffix in suffixes if suffix not in endings))
+    return sorted(chosen)

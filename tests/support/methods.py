@@ -1,0 +1,53 @@
+"""The rows of the matrix: a method is one entry of `METHODS`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import graftune
+from peft import PeftModel
+
+from support.models import MODELS
+
+
+@dataclass(frozen=True)
+class MethodCase:
+    """A method as the matrix tests it.
+
+    Args:
+        name: the recipe's name.
+        options: config fields, small enough for the test models.
+        models: the model cases that the method is defined for.
+        merges: whether `merge_and_unload` is defined.
+        merge_tolerance: largest difference between merged and unmerged outputs in float32,
+            relative to the output's scale.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    models: tuple[str, ...] = tuple(MODELS)
+    merges: bool = True
+    merge_tolerance: float = 1e-5
+
+    def wrap(self, model: nn.Module, adapter_name: str = "default", **overrides: Any) -> PeftModel:
+        """Attach the adapter as a user does: the model's output does not change yet."""
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            options = {**self.options, **overrides}
+            return graftune.wrap(model, self.name, adapter_name=adapter_name, **options)
+
+    def wrap_trained(
+        self, model: nn.Module, adapter_name: str = "default", **overrides: Any
+    ) -> PeftModel:
+        """Attach an adapter with other than its first values, as if it had been trained."""
+        return self.wrap(model, adapter_name, init_weights=False, **overrides)
+
+
+METHODS = {case.name: case for case in (MethodCase(name="flora", options={"r": 3}),)}
+
+# (method, model) pairs, for pytest.mark.parametrize.
+PAIRS = [(method, model) for method in METHODS.values() for model in method.models]
