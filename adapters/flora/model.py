@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _get_tuner_state_dict_key_prefixes,
@@ -20,9 +21,7 @@ from peft.utils import (
     get_quantization_kwargs,
 )
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import get_pattern_key
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..messages import listing, nearest
 from ..tuner import GraftTuner
@@ -35,14 +34,13 @@ from .functional import resolve_ranks
 from .layer import FloraLayer
 from .linear import Linear
 from .parameter import FloraParameters
-from .shapes import (
-    CONVOLUTIONS,
-    TRANSPOSED,
-    parameter_shape,
-    projection_names,
-    runs_as_defined,
-    tensor_shapes,
-    weight_shape,
+from .shapes import CONVOLUTIONS, TRANSPOSED, parameter_shape, projection_names, weight_shape
+from .targets import (
+    is_target_parameter,
+    rank_setting,
+    scale_setting,
+    shapes_at,
+    without_base_layers,
 )
 from .weight import FloraWeight
 
@@ -67,6 +65,7 @@ class FloraModel(GraftTuner):
 
     prefix = "flora_"
     tuner_layer_cls = FloraLayer
+    _injected: tuple[str, bool, dict[str, torch.Tensor] | None] | None = None
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # What fits where.
@@ -82,39 +81,26 @@ class FloraModel(GraftTuner):
             ValueError: the ranks do not suit the weight, or dropout is asked for where there is no
                 input to drop from.
         """
-        if parameter is not None:
-            _check_parameter(config, key, module, parameter)
-            return _named_shapes(config, key, module, parameter)
-        if isinstance(module, nn.MultiheadAttention):
-            shapes = {}
-            for name in projection_names(module):
-                _check_no_dropout(config, f"{key}.{name}")
-                shapes.update(_named_shapes(config, key, module, name))
-            inner = cls.adapter_shapes(config, f"{key}.out_proj", module.out_proj)
-            return shapes | {f"out_proj.{name}": shape for name, shape in inner.items()}
-        try:
-            shape = weight_shape(module)
-        except TypeError as error:
-            raise TypeError(f"cannot adapt {key!r}: {error}") from None
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
-            raise ValueError(
-                f"cannot adapt {key!r}: with max_norm the embedding changes its own weights in "
-                "every forward pass. Set `max_norm=None`, or leave the module out with "
-                "`exclude_modules`"
-            )
-        if not runs_as_defined(module) or isinstance(module, NonDynamicallyQuantizableLinear):
-            _check_no_dropout(config, key)
-        return tensor_shapes(shape, _ranks(config, key, shape))
+        return shapes_at(config, key, module, parameter)
 
     # Attaching.
 
     def inject_adapter(
-        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Attach an adapter, and warn once of ranks that were cut and of adapters too large."""
         self._cut: list[str] = []
         self._too_large: list[str] = []
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._injected = (adapter_name, low_cpu_mem_usage, state_dict)
+        super().inject_adapter(
+            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+        )
+        self._injected = None
         if self._cut:
             warnings.warn(
                 f"ranks beyond a dimension of the weight were cut to it in {listing(self._cut)}",
@@ -127,6 +113,43 @@ class FloraModel(GraftTuner):
                 "leave them out with `exclude_modules`",
                 stacklevel=2,
             )
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        # The last step of an injection, and the place for what PEFT's own loop leaves out: it
+        # passes over whatever is inside a layer, and modules inside a module whose parameters are
+        # adapted are inside one.
+        if self._injected is not None:
+            self._inject_inner(model, *self._injected)
+        super()._mark_only_adapters_as_trainable(model)
+
+    def _inject_inner(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, torch.Tensor] | None,
+    ) -> None:
+        config = self.peft_config[adapter_name]
+        named = {key.rpartition(f".{self.prefix}")[0] for key in state_dict or ()}
+        for path, outer in list(model.named_modules()):
+            if not isinstance(outer, FloraParameters):
+                continue
+            for name, module in list(outer.base_layer.named_modules(prefix=f"{path}.base_layer")):
+                key, (parent_path, _, child_name) = without_base_layers(name), name.rpartition(".")
+                if module is outer.base_layer or child_name == "base_layer":
+                    continue
+                is_target = (
+                    key in named
+                    if state_dict is not None
+                    else config.target_modules and check_target_module_exists(config, key)
+                )
+                if is_target and adapter_name not in getattr(module, "scaling", ()):
+                    parent = model.get_submodule(parent_path)
+                    with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                        self._create_and_replace(
+                            config, adapter_name, module, child_name, parent, key
+                        )
+                    self.targeted_module_names.append(key)
 
     def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict) -> FloraConfig:
         if peft_config.target_modules is None:
@@ -185,7 +208,7 @@ class FloraModel(GraftTuner):
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         shape = weight_shape(base)
-        r, scale = _rank_setting(config, key), _scale_setting(config, key)
+        r, scale = rank_setting(config, key), scale_setting(config, key)
         self._note_sizes(key, r, shape)
         if isinstance(target, FloraWeight):
             target.update_layer(adapter_name, config, r, scale)
@@ -215,8 +238,8 @@ class FloraModel(GraftTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         settings = {}
         for name in names:
-            r = _rank_setting(config, f"{key}.{name}", key)
-            settings[name] = (r, _scale_setting(config, f"{key}.{name}", key))
+            r = rank_setting(config, f"{key}.{name}", key)
+            settings[name] = (r, scale_setting(config, f"{key}.{name}", key))
             self._note_sizes(f"{key}.{name}", r, parameter_shape(getattr(base, name)))
         if isinstance(target, FloraParameters):
             target.update_layer(adapter_name, config, settings)
@@ -252,9 +275,9 @@ class FloraModel(GraftTuner):
         for path, module in list(model.named_modules()):
             if isinstance(module, BaseTunerLayer) or _is_key_under_prefixes(path, adapters):
                 continue
-            key = _without_base_layers(path)
+            key = without_base_layers(path)
             for name, _ in list(module.named_parameters(recurse=False)):
-                if not _is_target_parameter(peft_config, f"{key}.{name}"):
+                if not is_target_parameter(peft_config, f"{key}.{name}"):
                     continue
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                     self._inject_parameter(peft_config, adapter_name, model, path, key, name)
@@ -371,7 +394,7 @@ class FloraModel(GraftTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         head, dot, tail = key.rpartition(f".{cls.prefix}")
-        key = f"{_without_base_layers(head)}{dot}{tail}"
+        key = f"{without_base_layers(head)}{dot}{tail}"
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
 
@@ -381,77 +404,3 @@ def _layer_class(base: nn.Module) -> type[FloraWeight]:
     if isinstance(base, TRANSPOSED):
         return ConvTransposeNd
     return Embedding if isinstance(base, nn.Embedding) else Linear
-
-
-def _rank_setting(config: FloraConfig, *keys: str) -> int | list[int]:
-    for key in keys:
-        pattern = get_pattern_key(config.rank_pattern.keys(), key)
-        if pattern in config.rank_pattern:
-            return config.rank_pattern[pattern]
-    return config.r
-
-
-def _scale_setting(config: FloraConfig, *keys: str) -> float:
-    for key in keys:
-        pattern = get_pattern_key(config.scale_pattern.keys(), key)
-        if pattern in config.scale_pattern:
-            return config.scale_pattern[pattern]
-    return config.scale
-
-
-def _ranks(config: FloraConfig, key: str, shape: tuple[int, ...], *others: str) -> tuple[int, ...]:
-    """Return the ranks for one weight, or say what is wrong with them and how to put it right."""
-    r = _rank_setting(config, key, *others)
-    if min(shape, default=0) == 0:
-        raise ValueError(f"cannot adapt {key!r}: its weight has the empty shape {shape}")
-    try:
-        return resolve_ranks(r, shape)
-    except ValueError as error:
-        raise ValueError(
-            f"cannot adapt {key!r}: {error}. Its weight has the shape {shape}: give `r` as one "
-            f"number, or ranks for {len(shape)} axes with `rank_pattern={{{key!r}: "
-            f"{[min(8, size) for size in shape]}}}`"
-        ) from None
-
-
-def _named_shapes(
-    config: FloraConfig, key: str, module: nn.Module, parameter: str
-) -> dict[str, tuple[int, ...]]:
-    shape = parameter_shape(getattr(module, parameter))
-    return tensor_shapes(shape, _ranks(config, f"{key}.{parameter}", shape, key), parameter)
-
-
-def _check_parameter(config: FloraConfig, key: str, module: nn.Module, parameter: str) -> None:
-    """Raise ValueError for a parameter that cannot be adapted by itself."""
-    name = f"{key}.{parameter}"
-    tensor = getattr(module, parameter)
-    if len(parameter_shape(tensor)) < 2 or not tensor.is_floating_point():
-        raise ValueError(
-            f"cannot adapt the parameter {name!r} of shape {parameter_shape(tensor)} and type "
-            f"{tensor.dtype}: only floating-point tensors with at least two axes have a low-rank "
-            "form. Leave it out of `target_parameters`"
-        )
-    _check_no_dropout(config, name)
-    both = config.target_modules is not None and check_target_module_exists(config, key)
-    if both and not isinstance(module, nn.MultiheadAttention):
-        raise ValueError(
-            f"cannot adapt the parameter {name!r}: its module is in `target_modules`, too. Name it "
-            "in only one of `target_modules` and `target_parameters`"
-        )
-
-
-def _check_no_dropout(config: FloraConfig, name: str) -> None:
-    if config.dropout > 0:
-        raise ValueError(
-            f"cannot adapt {name!r} with dropout={config.dropout}: it runs with W + ΔW, so the "
-            "added branch has no input of its own to drop from. Set `dropout=0`, or leave it out"
-        )
-
-
-def _is_target_parameter(config: FloraConfig, name: str) -> bool:
-    targets = config.target_parameters or ()
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _without_base_layers(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "base_layer")
