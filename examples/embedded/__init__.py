@@ -1,0 +1,1 @@
+"""Small labelled pictures and a small pretrained CLIP: examples run on them offline."""
