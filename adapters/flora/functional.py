@@ -40,7 +40,7 @@ def tucker_weight(core: Tensor, factors: Sequence[Tensor], scale: float = 1.0) -
     weight = _scaled(core, scale)
     for factor in factors:
         # The leading axis goes and comes back last: after N turns the order is the stored one.
-        weight = torch.tensordot(weight, factor, dims=([0], [1]))  # (r_n.., d_0..d_n)
+        weight = weight.movedim(0, -1) @ factor.t()  # (r_n.., d_0..d_n)
     return weight
 
 
@@ -304,7 +304,7 @@ def _kernel(core: Tensor, factors: Sequence[Tensor], scale: float) -> Tensor:
     """Contract the core's kernel axes: (r_0, r_1, *r_kernel) -> (r_0, r_1, *kernel)."""
     kernel = _scaled(core, scale)
     for factor in factors:
-        kernel = torch.tensordot(kernel, factor, dims=([2], [1]))
+        kernel = kernel.movedim(2, -1) @ factor.t()
     return kernel
 
 

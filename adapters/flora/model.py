@@ -21,6 +21,7 @@ from peft.utils import (
     get_quantization_kwargs,
 )
 from peft.utils.integrations import init_empty_weights
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..messages import listing, nearest
@@ -96,11 +97,16 @@ class FloraModel(GraftTuner):
         """Attach an adapter, and warn once of ranks that were cut and of adapters too large."""
         self._cut: list[str] = []
         self._too_large: list[str] = []
+        self._keys: set[str] = set()
         self._injected = (adapter_name, low_cpu_mem_usage, state_dict)
-        super().inject_adapter(
-            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
-        )
+        with warnings.catch_warnings():
+            # PEFT knows the modules that a pattern may mean, not the parameters.
+            warnings.filterwarnings("ignore", "The following rank_pattern keys did not match")
+            super().inject_adapter(
+                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+            )
         self._injected = None
+        self._warn_of_idle_patterns(self.peft_config[adapter_name])
         if self._cut:
             warnings.warn(
                 f"ranks beyond a dimension of the weight were cut to it in {listing(self._cut)}",
@@ -113,6 +119,20 @@ class FloraModel(GraftTuner):
                 "leave them out with `exclude_modules`",
                 stacklevel=2,
             )
+
+    def _warn_of_idle_patterns(self, config: FloraConfig) -> None:
+        for field in ("rank_pattern", "scale_pattern"):
+            idle = [
+                pattern
+                for pattern in getattr(config, field)
+                if not any(get_pattern_key([pattern], key) == pattern for key in self._keys)
+            ]
+            if idle:
+                warnings.warn(
+                    f"{field} has keys that match nothing that is adapted: {listing(idle)}"
+                    f"{nearest(idle[0], self._keys)}",
+                    stacklevel=3,
+                )
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # The last step of an injection, and the place for what PEFT's own loop leaves out: it
@@ -237,6 +257,7 @@ class FloraModel(GraftTuner):
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         settings = {}
+        self._keys.add(key)
         for name in names:
             r = rank_setting(config, f"{key}.{name}", key)
             settings[name] = (r, scale_setting(config, f"{key}.{name}", key))
@@ -259,6 +280,7 @@ class FloraModel(GraftTuner):
         setattr(parent, child_name, new_module)
 
     def _note_sizes(self, key: str, r: int | list[int], shape: tuple[int, ...]) -> None:
+        self._keys.add(key)
         ranks = resolve_ranks(r, shape)
         if not isinstance(r, int) and tuple(r) != ranks:
             self._cut.append(key)

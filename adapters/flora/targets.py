@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -42,7 +42,10 @@ def shapes_at(
         for name in projection_names(module):
             _check_no_dropout(config, f"{key}.{name}")
             shapes.update(_parameter_shapes(config, key, module, name))
-        inner = shapes_at(config, f"{key}.out_proj", module.out_proj)
+        out_proj: nn.Module = module.out_proj
+        if isinstance(out_proj, BaseTunerLayer):  # another adapter is there already
+            out_proj = out_proj.get_base_layer()
+        inner = shapes_at(config, f"{key}.out_proj", out_proj)
         return shapes | {f"out_proj.{name}": shape for name, shape in inner.items()}
     try:
         shape = weight_shape(module)
