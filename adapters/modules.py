@@ -17,18 +17,11 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         >>> [name for name, _ in base_modules(nn.Sequential(nn.Linear(2, 2)))]
         ['0']
     """
-    wrapped: list[str] = []
-    for key, module in model.named_modules():
-        if any(key.startswith(f"{layer}.") for layer in wrapped):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            wrapped.append(key)
-            base = module.get_base_layer()
-            for inner, child in base.named_modules(prefix=key):
-                if not isinstance(child, BaseTunerLayer):
-                    yield inner, child
-        elif key:
-            yield key, module
+    for name, child in model.named_children():
+        base = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
+        yield name, base
+        for inner, module in base_modules(base):
+            yield f"{name}.{inner}", module
 
 
 def canonical_name(key: str) -> str:

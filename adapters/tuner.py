@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _ExcludedModule,
     _maybe_include_all_linear_layers,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -103,6 +105,7 @@ class GraftTuner(BaseTuner):
             raise NoMatchingPeftModuleError(self._no_match_message(model, config))
 
     def _no_match_message(self, model: nn.Module, config: PeftConfig) -> str:
+        results = [self._check_target_module_exists(config, key) for key, _ in base_modules(model)]
         candidates: dict[str, None] = {}
         for key, module in base_modules(model):
             try:
@@ -120,9 +123,10 @@ class GraftTuner(BaseTuner):
         first = wanted if isinstance(wanted, str) else next(iter(sorted(wanted or ())), "")
         parts = [key.split(".") for key in candidates]
         endings = {".".join(names[i:]) for names in parts for i in range(len(names))}
+        hint = "" if first in endings else nearest(first, sorted(endings))
         return (
-            f"no module of the model is targeted by {given}."
-            f"{nearest(first, sorted(endings))} Modules that can be adapted: {listing(candidates)}."
+            f"{_peft_sentence(config, results)} Given: {given}.{hint} Modules that can be adapted: "
+            f"{listing(candidates)}."
         )
 
     # The digest of the base model.
@@ -244,6 +248,22 @@ def _not_comparable(tensor: torch.Tensor) -> str | None:
     if type(tensor) not in (torch.Tensor, nn.Parameter):
         return f"of type {type(tensor).__name__}"
     return None
+
+
+def _peft_sentence(config: PeftConfig, results: list[Any]) -> str:
+    """PEFT's own words for the case, which its users search for."""
+    excluded = any(isinstance(result, _ExcludedModule) for result in results)
+    unmatched = not all(isinstance(result, _ExcludedModule) for result in results)
+    if excluded and not unmatched:
+        return "All modules were excluded."
+    if not excluded and not config.target_modules:
+        return "No `target_modules` passed but also no `target_parameters` found."
+    if not excluded:
+        return f"Target modules {config.target_modules} not found in the base model."
+    return (
+        "No modules were targeted for adaptation. This might be caused by a combination of "
+        "mismatched target modules and excluded modules."
+    )
 
 
 def _targets_parameter(config: PeftConfig, name: str) -> bool:

@@ -64,7 +64,7 @@ def shapes_at(
 
 def rank_setting(config: FloraConfig, *keys: str) -> int | list[int]:
     for key in keys:
-        pattern = get_pattern_key(config.rank_pattern.keys(), key)
+        pattern = get_pattern_key(list(config.rank_pattern), key)
         if pattern in config.rank_pattern:
             return config.rank_pattern[pattern]
     return config.r
@@ -72,7 +72,7 @@ def rank_setting(config: FloraConfig, *keys: str) -> int | list[int]:
 
 def scale_setting(config: FloraConfig, *keys: str) -> float:
     for key in keys:
-        pattern = get_pattern_key(config.scale_pattern.keys(), key)
+        pattern = get_pattern_key(list(config.scale_pattern), key)
         if pattern in config.scale_pattern:
             return config.scale_pattern[pattern]
     return config.scale

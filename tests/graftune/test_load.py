@@ -16,7 +16,7 @@ from torch import nn
 import graftune
 
 from support.models import MODELS
-from tests.graftune.test_wrap import assert_untouched, snapshot
+from support.untouched import assert_untouched, snapshot
 
 CASE = MODELS["transformers-vit"]
 TENSORS = "adapter_model.safetensors"

@@ -15,25 +15,7 @@ from torch import nn
 import graftune
 
 from support.models import MODELS
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything that attaching an adapter could change."""
-    return {
-        "modules": [(name, type(m), id(m)) for name, m in model.named_modules()],
-        "parameters": [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
-        "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
-        "attributes": sorted(vars(model)),
-    }
-
-
-def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
-    after = snapshot(model)
-    values = before.pop("values")
-    for name, tensor in after.pop("values").items():
-        assert torch.equal(tensor, values[name])
-    assert after == before
+from support.untouched import assert_untouched, snapshot
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

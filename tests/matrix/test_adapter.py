@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -21,14 +22,22 @@ pytestmark = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(autouse=True)
+def no_fused_attention() -> Iterator[None]:
+    """PyTorch's fused inference path rounds differently, and not every wrapped layer takes it."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
 @pytest.fixture
 def case(family: str) -> ModelCase:
     return MODELS[family]
 
 
 def output(case: ModelCase, model: nn.Module, seed: int = 0) -> torch.Tensor:
-    """The output with gradients on: torch's fused inference paths round differently."""
-    return case.run(model, case.batch(seed=seed)).detach()
+    with torch.no_grad():
+        return case.run(model, case.batch(seed=seed))
 
 
 def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -131,7 +140,8 @@ def test_merged_equals_unmerged_and_unmerging_is_exact(
 def test_merge_and_unload_and_unload_give_the_bare_model_back(
     method: MethodCase, case: ModelCase
 ) -> None:
-    original = case.build()
+    # Frozen as the unloaded one is: attention kernels are chosen by requires_grad, too.
+    original = case.build().requires_grad_(False)
     names = [name for name, _ in original.named_modules()]
     state = copy.deepcopy(original.state_dict())
 

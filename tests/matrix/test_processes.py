@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,8 +49,6 @@ def worker(rank: int, processes: int, pairs: list[tuple[str, str]], folder: str)
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     pairs = [(method.name, family) for method, family in PAIRS if family in SPLITTABLE]
-    tests = str(Path(__file__).parents[1])
-    sys.path.insert(0, tests)
     mp.spawn(worker, args=(2, pairs, str(tmp_path)), nprocs=2)
     for method, family in pairs:
         expected = gradients(method, family, rank=0, processes=1)
