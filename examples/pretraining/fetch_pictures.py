@@ -2,8 +2,9 @@
 
     python examples/pretraining/fetch_pictures.py --downloads /tmp/emoji
 
-Needs the `npm` command and `pip install resvg-py pillow`. Written are one lossless WebP sheet and one
-licence note per set, and `index.json` with the names of all emoji, under `examples/embedded/pictures`.
+Needs the `npm` command and `pip install resvg-py pillow`. Written are one lossless WebP sheet and
+one licence note per set, and `index.json` with the names of all emoji, under
+`examples/embedded/pictures`.
 """
 
 from __future__ import annotations
@@ -87,9 +88,7 @@ _ALIKE = {
     "person": {"person", "1f471", "1f9d4", *(f"person-1f9b{i}" for i in range(4))},
 }
 _CLOCKS = range(0x1F550, 0x1F568)
-_PARENTS_AND_CHILDREN = re.compile(
-    r"1f46a|person(-person)?(-1f46[67]|-1f9d2){1,2}|(1f9d1-?|1f9d2-?)+"
-)
+_FAMILY = re.compile(r"1f46a|person(-person)?(-1f46[67]|-1f9d2){1,2}")
 
 
 def fetch(packages: list[str], folder: Path) -> dict[str, Path]:
@@ -131,7 +130,7 @@ def group_of(unified: str) -> str:
     if len(parts) == 1 and int(parts[0], 16) in _CLOCKS:
         return "clock face"
     key = "-".join("person" if p in _PERSON else p for p in parts)
-    if _PARENTS_AND_CHILDREN.fullmatch(key) and key != "1f9d2":
+    if _FAMILY.fullmatch(key):
         return "family"
     return next((name for name, keys in _ALIKE.items() if key in keys), key)
 
@@ -230,32 +229,32 @@ def write_sheet(pictures: list[np.ndarray], path: Path) -> None:
 NOTE = """# {title}
 
 Pictures by {author} ({url}), taken as vectors from the npm package `@iconify-json/{package}`,
-drawn at {size} × {size} pixels on white and tiled into one sheet. Nothing else was changed.
+drawn at {size} by {size} pixels on white and tiled into one sheet. Nothing else was changed.
 
 Licence: {licence}, {terms}
 """
 MIT = """
 Copyright (c) Microsoft Corporation.
 
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
-associated documentation files (the "Software"), to deal in the Software without restriction,
-including without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense,
-and/or sell copies of the Software, and to permit persons to whom the Software is furnished to do so,
-subject to the following conditions:
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software
+and associated documentation files (the "Software"), to deal in the Software without
+restriction, including without limitation the rights to use, copy, modify, merge, publish,
+distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
+Software is furnished to do so, subject to the following conditions:
 
-The above copyright notice and this permission notice shall be included in all copies or substantial
-portions of the Software.
+The above copyright notice and this permission notice shall be included in all copies or
+substantial portions of the Software.
 
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT
-LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN
-NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY,
-WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE
-SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING
+BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 TERMS = {
-    APACHE: "http://www.apache.org/licenses/LICENSE-2.0 (a copy is the repository's own LICENSE)",
+    APACHE: "http://www.apache.org/licenses/LICENSE-2.0 (the repository's LICENSE is a copy)",
     CC_BY: "https://creativecommons.org/licenses/by/4.0/",
-    CC_BY_SA: "https://creativecommons.org/licenses/by-sa/4.0/ (this sheet is under the same terms)",
+    CC_BY_SA: "https://creativecommons.org/licenses/by-sa/4.0/ (and so is this sheet)",
     "MIT": "as follows.",
 }
 

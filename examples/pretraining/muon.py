@@ -1,7 +1,7 @@
 """Muon: momentum whose update is orthogonalised, for the matrices inside a network.
 
-Jordan et al., https://kellerjordan.github.io/posts/muon. `torch.optim.Muon` computes in bfloat16 and one
-matrix at a time, which is slow on a CPU; here matrices of one shape are handled as a batch in float32.
+Jordan et al., https://kellerjordan.github.io/posts/muon. `torch.optim.Muon` computes in bfloat16
+and one matrix at a time, which is slow on a CPU; here matrices of one shape are a float32 batch.
 """
 
 from __future__ import annotations
