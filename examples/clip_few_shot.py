@@ -222,7 +222,7 @@ def draw(
                 )
         for axis in row:
             axis.set(xticks=[], yticks=[])
-    figure.suptitle("Randomly chosen test pictures", y=0.97)
+    figure.suptitle("Randomly chosen pictures, none of them trained on", y=0.97)
     figure.savefig(file, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
