@@ -34,7 +34,8 @@ def mixed_batch(
     """
     check_mixed_batch(model, adapter_names)
     repeated = [name for name in adapter_names for _ in range(num_beams)]
-    encoder = model.get_encoder() if num_beams > 1 and hasattr(model, "get_encoder") else model
+    get_encoder: Any = getattr(model, "get_encoder", None)
+    encoder = model if num_beams == 1 or get_encoder is None else get_encoder()
     # The encoder of an encoder-decoder model sees each entry once, whatever the number of beams.
     in_encoder = set() if encoder is model else set(encoder.modules())
     handles = [

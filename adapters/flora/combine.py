@@ -44,10 +44,11 @@ def combined_config(
     config.base_digest = None  # of other tensors than the sum's, perhaps
     config.scale, config.scale_pattern = 1.0, {}
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    config.target_modules = {key for key, name in tensors if name is None}
+    config.target_modules = sorted(key for key, name in tensors if name is None)
     config.target_parameters = [f"{key}.{name}" for key, name in tensors if name] or None
-    if all(isinstance(other.r, int) for other in configs):
-        config.r = sum(other.r for other in configs)  # right for most, and short
+    ranks = [other.r for other in configs if isinstance(other.r, int)]
+    if len(ranks) == len(configs):
+        config.r = sum(ranks)  # right for most, and short
     config.rank_pattern = {}
     for (key, name), (core, factors) in tensors.items():
         shape = [factor.shape[0] for factor in factors]

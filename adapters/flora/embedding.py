@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .functional import add_embedding
 from .weight import FloraWeight
@@ -16,6 +16,9 @@ class Embedding(FloraWeight):
 
     The row of `padding_idx` stays the base model's, as it does in training the table itself.
     """
+
+    flora_factor0: nn.ParameterDict
+    flora_factor1: nn.ParameterDict
 
     def _prepare(self) -> None:
         base = self.get_base_layer()

@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .config import FloraConfig
 from .functional import concatenate, tucker_weight
@@ -22,6 +23,10 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     The tensors of an adapter are `flora_core[adapter]` and `flora_factor<n>[adapter]`, one factor
     for each axis of the weight.
     """
+
+    base_layer: Any  # a module of whatever type is adapted
+    flora_core: Any  # by adapter; a tensor, or tensors by parameter
+    flora_dropout: nn.ModuleDict
 
     other_param_names: tuple[str, ...] = ("r", "scale", "scaling", "uses_chain", "flora_dropout")
 
@@ -40,6 +45,10 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         self._backups: dict[str, Tensor] = {}
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
         self.training = base_layer.training
+
+    def get_base_layer(self) -> Any:
+        """Return the base module, without any tuner layers around it."""
+        return super().get_base_layer()
 
     # Adapters.
 
@@ -99,7 +108,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
     def _delta(self, adapter: str, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
         """Return ΔW of one base tensor, computed in `dtype` or the adapter's own."""
-        tensors = self.tensors(adapter, name)
+        tensors = self.tensors(adapter, name) if adapter in self.scaling else None
         return None if tensors is None else dense_delta(*tensors, self.scaling[adapter], dtype)
 
     @torch.no_grad()
@@ -109,7 +118,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         """Return core and factors of Σ_i w_i ΔW_i for one base tensor, at scale 1."""
         parts, factors = [], []
         for adapter, weight in zip(adapters, weights, strict=True):
-            if (tensors := self.tensors(adapter, name)) is not None:
+            tensors = self.tensors(adapter, name) if adapter in self.scaling else None
+            if tensors is not None:
                 parts.append(tensors)
                 factors.append(weight * self.scaling[adapter])
         return concatenate(parts, factors)
@@ -119,7 +129,10 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         self, adapter: str, name: str, values: tuple[Tensor, Sequence[Tensor]]
     ) -> None:
         """Overwrite an adapter's core and factors for one base tensor."""
-        core, factors = self.tensors(adapter, name)
+        tensors = self.tensors(adapter, name)
+        if tensors is None:
+            raise ValueError(f"the adapter {adapter!r} does not change {name!r}")
+        core, factors = tensors
         for own, value in zip((core, *factors), (values[0], *values[1]), strict=True):
             own.copy_(value)
 
@@ -177,11 +190,11 @@ class FloraLayer(nn.Module, BaseTunerLayer):
                 "load the base model without quantisation to merge"
             )
         together = [*self.merged_adapters, *names]
-        originals, merged = {}, {}
+        originals: dict[str, Tensor] = {}
+        merged: dict[str, Tensor] = {}
         for tensor in self.adapted_names(together):
-            originals[tensor] = self._backups.get(tensor)
-            if originals[tensor] is None:
-                originals[tensor] = self._read(tensor).clone()
+            original = self._backups.get(tensor)
+            originals[tensor] = self._read(tensor).clone() if original is None else original
             merged[tensor] = self._sum(tensor, originals[tensor], together)
             if safe_merge and not torch.isfinite(merged[tensor]).all():
                 raise ValueError(
@@ -229,3 +242,20 @@ def dense_delta(
     if dtype is not None:
         core, factors = core.to(dtype), [factor.to(dtype) for factor in factors]
     return tucker_weight(core, factors, scale)
+
+
+def call_with(
+    module: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call a module with other tensors in the place of some of its own parameters."""
+    # FSDP lays gathered weights over the parameters, where `functional_call` does not reach.
+    laid_over = {name: module.__dict__[name] for name in tensors if name in module.__dict__}
+    if not laid_over:
+        return functional_call(module, tensors, args, kwargs)
+    module.__dict__.update(tensors)
+    try:
+        return module(*args, **kwargs)
+    finally:
+        for name in tensors:
+            del module.__dict__[name]
+        module.__dict__.update(laid_over)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import _get_in_out_features
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .functional import add_linear
@@ -18,10 +18,13 @@ class Linear(FloraWeight):
     core follow.
     """
 
+    flora_factor0: nn.ParameterDict
+    flora_factor1: nn.ParameterDict
+
     def _prepare(self) -> None:
         base = self.get_base_layer()
         self._is_in_out = isinstance(base, Conv1D)
-        self.in_features, self.out_features = _get_in_out_features(base)
+        self.in_features, self.out_features = _get_in_out_features(base)  # type: ignore[var-annotated]
 
     def _add_branch(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         x = self._branch_input(x, adapter)

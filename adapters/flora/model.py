@@ -37,6 +37,7 @@ from .linear import Linear
 from .parameter import FloraParameters
 from .shapes import CONVOLUTIONS, TRANSPOSED, parameter_shape, projection_names, weight_shape
 from .targets import (
+    has_no_input,
     is_target_parameter,
     rank_setting,
     scale_setting,
@@ -67,20 +68,20 @@ class FloraModel(GraftTuner):
     prefix = "flora_"
     tuner_layer_cls = FloraLayer
     _injected: tuple[str, bool, dict[str, torch.Tensor] | None] | None = None
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    peft_config: dict[str, Any]  # of `FloraConfig`s
+    target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # What fits where.
 
     @classmethod
     def adapter_shapes(
-        cls, config: FloraConfig, key: str, module: nn.Module, parameter: str | None = None
+        cls, config: Any, key: str, module: nn.Module, parameter: str | None = None
     ) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors that the adapter would add to one target.
 
         Raises:
             TypeError: the module's type is not supported.
-            ValueError: the ranks do not suit the weight, or dropout is asked for where there is no
-                input to drop from.
+            ValueError: the ranks do not suit the weight.
         """
         return shapes_at(config, key, module, parameter)
 
@@ -97,6 +98,7 @@ class FloraModel(GraftTuner):
         """Attach an adapter, and warn once of ranks that were cut and of adapters too large."""
         self._cut: list[str] = []
         self._too_large: list[str] = []
+        self._without_dropout: list[str] = []
         self._keys: set[str] = set()
         self._injected = (adapter_name, low_cpu_mem_usage, state_dict)
         with warnings.catch_warnings():
@@ -107,6 +109,7 @@ class FloraModel(GraftTuner):
             )
         self._injected = None
         self._warn_of_idle_patterns(self.peft_config[adapter_name])
+        self._warn_of_missing_dropout(self.peft_config[adapter_name])
         if self._cut:
             warnings.warn(
                 f"ranks beyond a dimension of the weight were cut to it in {listing(self._cut)}",
@@ -118,6 +121,14 @@ class FloraModel(GraftTuner):
                 f"{listing(self._too_large)}: give smaller ranks with `r` or `rank_pattern`, or "
                 "leave them out with `exclude_modules`",
                 stacklevel=2,
+            )
+
+    def _warn_of_missing_dropout(self, config: FloraConfig) -> None:
+        if config.dropout > 0 and self._without_dropout:
+            warnings.warn(
+                f"dropout={config.dropout} does not act on {listing(self._without_dropout)}: these "
+                "run with W + ΔW, so the added branch has no input of its own to drop from",
+                stacklevel=3,
             )
 
     def _warn_of_idle_patterns(self, config: FloraConfig) -> None:
@@ -171,9 +182,9 @@ class FloraModel(GraftTuner):
                         )
                     self.targeted_module_names.append(key)
 
-    def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict) -> FloraConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
-            defaults = self.target_module_mapping.get(model_config.get("model_type"))
+            defaults = self.target_module_mapping.get(model_config.get("model_type", ""))
             if defaults is not None:
                 peft_config.target_modules = (
                     defaults if isinstance(defaults, str) else set(defaults)
@@ -187,7 +198,7 @@ class FloraModel(GraftTuner):
 
     def _create_and_replace(
         self,
-        peft_config: FloraConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -230,6 +241,8 @@ class FloraModel(GraftTuner):
         shape = weight_shape(base)
         r, scale = rank_setting(config, key), scale_setting(config, key)
         self._note_sizes(key, r, shape)
+        if has_no_input(base):
+            self._without_dropout.append(key)
         if isinstance(target, FloraWeight):
             target.update_layer(adapter_name, config, r, scale)
             return
@@ -261,6 +274,7 @@ class FloraModel(GraftTuner):
         for name in names:
             r = rank_setting(config, f"{key}.{name}", key)
             settings[name] = (r, scale_setting(config, f"{key}.{name}", key))
+            self._without_dropout.append(f"{key}.{name}")
             self._note_sizes(f"{key}.{name}", r, parameter_shape(getattr(base, name)))
         if isinstance(target, FloraParameters):
             target.update_layer(adapter_name, config, settings)
@@ -289,7 +303,7 @@ class FloraModel(GraftTuner):
             self._too_large.append(key)
 
     def _inject_parameters(
-        self, peft_config: FloraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         """Adapt what `target_parameters` names; return the names found."""
         found = []

@@ -7,11 +7,10 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .config import FloraConfig
 from .functional import init_tucker, resolve_ranks
-from .layer import FloraLayer
+from .layer import FloraLayer, call_with
 from .shapes import parameter_shape
 
 
@@ -43,6 +42,9 @@ class FloraParameters(FloraLayer):
                 f"{type(base_layer).__name__} layer is wrapped around their module"
             )
         super().__init__(base_layer, adapter_name, **kwargs)
+        *_, self.out_features, self.in_features = parameter_shape(
+            getattr(base_layer, next(iter(settings)))
+        )
         self.update_layer(adapter_name, config, settings)
 
     @staticmethod
@@ -116,7 +118,7 @@ class FloraParameters(FloraLayer):
         if not adapters:
             return self.base_layer(*args, **kwargs)
         effective = {name: self._effective(name, adapters) for name in self.adapted_names(adapters)}
-        return functional_call(self.base_layer, effective, args, kwargs)
+        return call_with(self.base_layer, effective, args, kwargs)
 
     def _effective(self, name: str, adapters: Sequence[str]) -> Tensor:
         return self._sum(name, getattr(self.base_layer, name), adapters)

@@ -25,7 +25,7 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
         (16, 4, 3, 3)
     """
     if isinstance(module, Conv1D):
-        return module.nx, module.nf
+        return int(module.nx), int(module.nf)
     if isinstance(module, CONVOLUTIONS):
         return module.out_channels, module.in_channels // module.groups, *module.kernel_size
     if isinstance(module, TRANSPOSED):
@@ -33,7 +33,7 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     if isinstance(module, nn.Linear) or _is_quantized_linear(module):
-        return module.out_features, module.in_features
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
     names = ", ".join(f"`{cls.__module__.split('.')[0]}.{cls.__name__}`" for cls in SUPPORTED)
     raise TypeError(
         f"modules of type {type(module).__name__} are not supported. Supported are {names}, "

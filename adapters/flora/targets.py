@@ -31,8 +31,7 @@ def shapes_at(
 
     Raises:
         TypeError: the module's type is not supported.
-        ValueError: the ranks do not suit the weight, or dropout is asked for where there is no
-            input to drop from.
+        ValueError: the ranks do not suit the weight.
     """
     if parameter is not None:
         _check_parameter(config, key, module, parameter)
@@ -40,7 +39,6 @@ def shapes_at(
     if isinstance(module, nn.MultiheadAttention):
         shapes = {}
         for name in projection_names(module):
-            _check_no_dropout(config, f"{key}.{name}")
             shapes.update(_parameter_shapes(config, key, module, name))
         out_proj: nn.Module = module.out_proj
         if isinstance(out_proj, BaseTunerLayer):  # another adapter is there already
@@ -56,9 +54,6 @@ def shapes_at(
             f"cannot adapt {key!r}: with max_norm the embedding changes its own weights in every "
             "forward pass. Set `max_norm=None`, or leave the module out with `exclude_modules`"
         )
-    # The second is the `out_proj` of an attention, which reads its weight and never calls it.
-    if not runs_as_defined(module) or isinstance(module, NonDynamicallyQuantizableLinear):
-        _check_no_dropout(config, key)
     return tensor_shapes(shape, _ranks(config, key, shape))
 
 
@@ -110,7 +105,6 @@ def _check_parameter(config: FloraConfig, key: str, module: nn.Module, parameter
             f"{tensor.dtype}: only floating-point tensors with at least two axes have a low-rank "
             "form. Leave it out of `target_parameters`"
         )
-    _check_no_dropout(config, name)
     both = config.target_modules is not None and check_target_module_exists(config, key)
     if both and not isinstance(module, nn.MultiheadAttention):
         raise ValueError(
@@ -119,12 +113,10 @@ def _check_parameter(config: FloraConfig, key: str, module: nn.Module, parameter
         )
 
 
-def _check_no_dropout(config: FloraConfig, name: str) -> None:
-    if config.dropout > 0:
-        raise ValueError(
-            f"cannot adapt {name!r} with dropout={config.dropout}: it runs with W + ΔW, so the "
-            "added branch has no input of its own to drop from. Set `dropout=0`, or leave it out"
-        )
+def has_no_input(module: nn.Module) -> bool:
+    """Say whether a module runs with W + ΔW, so that dropout has no input of a branch to act on."""
+    # An attention reads the weight of its `out_proj` and never calls it.
+    return not runs_as_defined(module) or isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def is_target_parameter(config: FloraConfig, name: str) -> bool:

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .config import FloraConfig
 from .functional import chain_is_cheaper, init_tucker, resolve_ranks
-from .layer import FloraLayer
+from .layer import FloraLayer, call_with, dense_delta
 from .shapes import runs_as_defined, stride_product, weight_shape
 
 
@@ -86,15 +85,14 @@ class FloraWeight(FloraLayer):
     def _prepare_factors(self, factors: list[Tensor]) -> None:
         """Adjust freshly drawn factors to the layer."""
 
-    def tensors(self, adapter: str, name: str = "weight") -> tuple[Tensor, list[Tensor]] | None:
-        if adapter not in self.scaling:
-            return None
+    def tensors(self, adapter: str, name: str = "weight") -> tuple[Tensor, list[Tensor]]:
         core, *factors = (getattr(self, name)[adapter] for name in self.adapter_layer_names)
         return core, factors
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return ΔW of an adapter in the base weight's shape and the adapter's dtype."""
-        return self._delta(adapter, "weight")
+        core, factors = self.tensors(adapter)
+        return dense_delta(core, factors, self.scaling[adapter])
 
     def adapted_names(self, adapter_names: Iterable[str]) -> list[str]:
         return ["weight"] if self._present(adapter_names) else []
@@ -120,7 +118,7 @@ class FloraWeight(FloraLayer):
         adapters = self._applied()
         if adapters and self._runs_as_one(adapters):
             weight = self._sum("weight", self.base_layer.weight, adapters)
-            return functional_call(self.base_layer, {"weight": weight}, (x, *args), kwargs)
+            return call_with(self.base_layer, {"weight": weight}, (x, *args), kwargs)
         result = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
             result = self._add_branch(result, x, adapter)
@@ -149,7 +147,8 @@ class FloraWeight(FloraLayer):
     def _runs_as_one(self, adapters: Sequence[str]) -> bool:
         """Say whether the base layer is run once, with W + ΔW of these adapters."""
         for adapter in adapters:
-            if self.uses_chain[adapter] or (self.training and adapter in self.flora_dropout):
+            drops = self.training and adapter in self.flora_dropout
+            if self.uses_chain[adapter] or (drops and self.has_branch):
                 return False
         return self._can_run_as_one()
 

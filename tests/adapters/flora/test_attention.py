@@ -212,8 +212,6 @@ def test_gradient_checkpointing(reentrant) -> None:
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        ({"target_modules": ["attn"], "dropout": 0.1}, "dropout"),
-        ({"target_modules": ["out_proj"], "dropout": 0.1}, "dropout"),
         ({"target_parameters": ["in_proj_bias"]}, "two axes"),
         ({"target_modules": ["head"], "target_parameters": ["head.weight"]}, "only one of"),
         ({"target_modules": ["attn"], "r": [4, 4, 4]}, "3 ranks for 2 axes"),
@@ -225,3 +223,26 @@ def test_what_cannot_be_done_is_refused_before_anything_changes(config, match) -
     with pytest.raises(ValueError, match=match):
         adapt(base, **config)
     assert [name for name, _ in base.named_modules()] == names
+
+
+@pytest.mark.parametrize("targets", [["attn"], ["out_proj"]])
+def test_dropout_that_cannot_act_is_told(targets) -> None:
+    base = Block().double()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"dropout=0\.1 does not act on 'attn"):
+        model = adapt(copy.deepcopy(base), target_modules=targets, dropout=0.1)
+    torch.testing.assert_close(model(x), with_deltas(base, model)(x))
+
+
+def test_weights_laid_over_the_parameters_as_fsdp_does() -> None:
+    base = Block().double()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    model = adapt(base, target_modules=["attn", "head"], r=8)
+    assert not model.base_model.model.head.uses_chain["default"]
+    expected = model(x)
+    for path, name in (("attn", "in_proj_weight"), ("head", "weight")):
+        module = model.base_model.model.get_submodule(path).base_layer
+        module.__dict__[name] = getattr(module, name).detach().clone()
+    torch.testing.assert_close(model(x), expected)
+    module = model.base_model.model.head.base_layer
+    assert module.weight is module.__dict__["weight"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -143,8 +145,10 @@ def test_a_layer_that_computes_in_its_own_way_runs_with_the_changed_weight(adapt
     torch.testing.assert_close(output, torch.func.functional_call(base, {"weight": weight}, (x,)))
     model.merge_adapter()
     torch.testing.assert_close(model(x), output)
-    with pytest.raises(ValueError, match="dropout"):
-        adapt(Standardised(4, 4, 3), dropout=0.1)
+    model.unmerge_adapter()
+    with pytest.warns(UserWarning, match="dropout=0.5 does not act on '0'"):
+        model, layer = adapt(copy.deepcopy(base), r=2, dropout=0.5)
+    assert torch.equal(model(x), model(x))
 
 
 def test_dropout_acts_on_the_input_of_the_branch_alone(adapt) -> None:
