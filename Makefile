@@ -38,6 +38,7 @@ format: $(INSTALLED)  ## let ruff fix and format
 
 benchmarks: $(INSTALLED)  ## measure again what benchmarks/README.md claims
 	$(BIN)/python benchmarks/flora_speed.py
+	$(BIN)/python benchmarks/overheads.py
 	$(BIN)/python benchmarks/few_shot_task.py
 
 clean:

@@ -72,9 +72,9 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
     if owner is not None:
         if _identity(owner) != _identity(config_cls):
             raise ImportError(
-                f"the PEFT method name {name!r} is taken by {owner.__module__}.{owner.__qualname__}; "
-                f"graftune cannot register {config_cls.__qualname__} beside it. Import only one of "
-                "the two packages in one process."
+                f"the PEFT method name {name!r} is taken by {owner.__module__}."
+                f"{owner.__qualname__}; graftune cannot register {config_cls.__qualname__} beside "
+                "it. Import only one of the two packages in one process."
             )
         # A reloaded module brings new classes of the same name: the newest serve from here on.
         PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls

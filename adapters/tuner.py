@@ -25,6 +25,17 @@ from .messages import listing, nearest, warn_once
 from .modules import base_modules, canonical_name, without_index
 
 
+# The config fields that decide what is adapted.
+_TARGET_FIELDS = (
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+)
+
+
 class BaseModelMismatchError(ValueError):
     """An adapter is loaded onto another base model than it was trained on."""
 
@@ -114,10 +125,7 @@ class GraftTuner(BaseTuner):
                 continue
             candidates[without_index(key)] = None
         given = {
-            name: getattr(config, name)
-            for name in ("target_modules", "target_parameters", "exclude_modules")
-            + ("layers_to_transform", "layers_pattern", "modules_to_save")
-            if getattr(config, name, None)
+            name: getattr(config, name) for name in _TARGET_FIELDS if getattr(config, name, None)
         }
         wanted = config.target_modules
         first = wanted if isinstance(wanted, str) else next(iter(sorted(wanted or ())), "")
@@ -131,9 +139,7 @@ class GraftTuner(BaseTuner):
 
     # The digest of the base model.
 
-    def _enter_base_digest(
-        self, model: nn.Module, config: GraftConfig, adapter_name: str
-    ) -> None:
+    def _enter_base_digest(self, model: nn.Module, config: GraftConfig, adapter_name: str) -> None:
         found = digest_of_targets(model, adapter_name)
         if found is None:
             return
@@ -187,9 +193,7 @@ class GraftTuner(BaseTuner):
         return remapped
 
 
-def adapter_tensors(
-    model: nn.Module, adapter_name: str, prefix: str
-) -> dict[str, torch.Tensor]:
+def adapter_tensors(model: nn.Module, adapter_name: str, prefix: str) -> dict[str, torch.Tensor]:
     """Return the model's tensors of one adapter by their full names."""
     return {
         key: tensor

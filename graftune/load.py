@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub import file_exists, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -79,9 +84,7 @@ def load(
         if isinstance(base, PeftModel):
             _check_can_add(base, config, adapter_name)
             base.add_adapter(adapter_name, config)
-            base.load_adapter(
-                str(folder), adapter_name, is_trainable=is_trainable, **peft_options
-            )
+            base.load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **peft_options)
             model = base
         else:
             model = PeftModel.from_pretrained(
@@ -114,28 +117,30 @@ def _fetch(adapter: str, subfolder: str | None, hub: dict[str, Any]) -> Path:
         folder = Path(adapter, subfolder or "")
         if not (folder / CONFIG_NAME).is_file():
             inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
-            hint = f" Adapters in its subfolders: {listing(inner)}; pass `subfolder=`." * bool(inner)
+            hint = f" Adapters in its subfolders: {listing(inner)}; pass `subfolder=`." * bool(
+                inner
+            )
             raise FileNotFoundError(f"no {CONFIG_NAME} in {str(folder)!r}.{hint}")
         if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
             _refuse_without_safetensors(str(folder), (folder / WEIGHTS_NAME).is_file())
         return folder
     try:
         config_file = hf_hub_download(adapter, CONFIG_NAME, subfolder=subfolder, **hub)
-    except (HFValidationError, EntryNotFoundError) as error:
+    except (HFValidationError, EntryNotFoundError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(
-            f"{adapter!r} is neither a folder with an adapter nor a repository on the Hub with a "
-            f"{CONFIG_NAME}"
+            f"{adapter!r} is neither a folder with an adapter nor a repository with a "
+            f"{CONFIG_NAME} on the Hub (or in its cache, when offline)"
         ) from error
     try:
         hf_hub_download(adapter, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub)
-    except EntryNotFoundError:
-        _refuse_without_safetensors(adapter, _on_hub(adapter, WEIGHTS_NAME, subfolder, hub))
+    except EntryNotFoundError as error:
+        offline = isinstance(error, LocalEntryNotFoundError)
+        has_pickle = not offline and _on_hub(adapter, WEIGHTS_NAME, subfolder, hub)
+        _refuse_without_safetensors(adapter, has_pickle)
     return Path(config_file).parent
 
 
 def _on_hub(adapter: str, name: str, subfolder: str | None, hub: dict[str, Any]) -> bool:
-    from huggingface_hub import file_exists
-
     path = f"{subfolder}/{name}" if subfolder else name
     options = {key: hub[key] for key in ("revision", "token") if key in hub}
     return file_exists(adapter, path, **options)
@@ -202,9 +207,7 @@ def _check_can_add(model: PeftModel, config: PeftConfig, adapter_name: str) -> N
         )
 
 
-def _check_tensors(
-    model: PeftModel, adapter_name: str, shapes: dict[str, tuple[int, ...]]
-) -> None:
+def _check_tensors(model: PeftModel, adapter_name: str, shapes: dict[str, tuple[int, ...]]) -> None:
     """Check that the file had exactly the adapter's tensors (for methods of PEFT as for ours)."""
     expected = get_peft_model_state_dict(
         model, adapter_name=adapter_name, save_embedding_layers=False

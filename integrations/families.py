@@ -108,7 +108,7 @@ def _block_number(key: str) -> int | None:
 
 
 def _shorten(names: list[str], every: list[str]) -> list[str]:
-    """The shortest endings, from behind a block's number on, that match `names` and nothing else."""
+    """The shortest endings, from a block's number on, that match `names` and nothing else."""
     others = set(every) - set(names)
     endings = {".".join(key.split(".")[i:]) for key in others for i in range(key.count(".") + 1)}
     chosen = set()

@@ -24,7 +24,9 @@ BLOCKS = [
 def test_a_block_runs(block: str, tmp_path: Path) -> None:
     # The blocks name the embedded model by its path in the repository.
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    subprocess.run([sys.executable, "-W", "error::FutureWarning", "-c", block], cwd=tmp_path, check=True)
+    subprocess.run(
+        [sys.executable, "-W", "error::FutureWarning", "-c", block], cwd=tmp_path, check=True
+    )
 
 
 def test_relative_links_lead_somewhere() -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import graftune
-
 from support.models import MODELS
 from support.untouched import assert_untouched, snapshot
 
@@ -132,9 +131,7 @@ Attach = Callable[[nn.Module], Any]
         ),
         # PEFT finds out half-way: what it had changed is put back.
         (
-            lambda m: graftune.wrap(
-                m, peft.LoraConfig(target_modules=["fc1", "layernorm_after"])
-            ),
+            lambda m: graftune.wrap(m, peft.LoraConfig(target_modules=["fc1", "layernorm_after"])),
             ValueError,
             "LayerNorm",
         ),

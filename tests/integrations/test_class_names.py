@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.clip import COLOURS, OpenClipTokenizer, clip, transformers_tokenizer
-from support.models import MODELS
 from torch.nn import functional as F
 
 from graftune.integrations.objectives import towers
 from graftune.integrations.objectives.class_names import ClassNameClassifier, accuracies
+from support.clip import COLOURS, OpenClipTokenizer, clip, transformers_tokenizer
+from support.models import MODELS
 
 NAMES = list(COLOURS)
 TOWERS = ["transformers-clip", "transformers-siglip", "open_clip-vit", "open_clip-resnet"]

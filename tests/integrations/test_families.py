@@ -7,7 +7,6 @@ import transformers
 from torch import nn
 
 from graftune.integrations.families import default_targets, recognise
-
 from support.models import MODELS
 
 

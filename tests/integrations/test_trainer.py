@@ -13,7 +13,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from support.clip import COLOURS, clip, colours
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
@@ -21,6 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from graftune.integrations.objectives.class_names import ClassNameClassifier
 from graftune.integrations.trainer import Trainer
+from support.clip import COLOURS, clip, colours
 
 LINEARS = ["q_proj", "v_proj", "fc1", "fc2"]
 

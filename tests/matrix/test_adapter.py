@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 import graftune
-
 from support.methods import PAIRS, MethodCase
-from support.models import MODELS, ModelCase
+from support.models import MODELS, ModelCase, loss
+
+# Each layer type once: compiling takes seconds.
+COMPILED = ("transformers-gpt2", "open_clip-vit", "diffusers-unet", "torch-cnn")
 
 pytestmark = pytest.mark.parametrize(
     ("method", "family"), PAIRS, ids=[f"{method.name}-{family}" for method, family in PAIRS]
@@ -63,16 +65,14 @@ def test_starts_as_the_base_model(method: MethodCase, case: ModelCase) -> None:
     assert_near(output(case, method.wrap(base)), expected, 1e-6)
 
 
-def test_gradient_reaches_the_adapter_and_nothing_else(
-    method: MethodCase, case: ModelCase
-) -> None:
+def test_gradient_reaches_the_adapter_and_nothing_else(method: MethodCase, case: ModelCase) -> None:
     model = method.wrap_trained(case.build())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable
     assert all(f".{method.name}_" in name for name in trainable)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    case.run(model, case.batch()).float().square().mean().backward()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e3)
+    loss(case.run(model, case.batch())).backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == trainable
     for name, parameter in model.named_parameters():
@@ -121,9 +121,7 @@ def test_disabled_is_the_base_model(method: MethodCase, case: ModelCase) -> None
     assert_equal(output(case, model), adapted)
 
 
-def test_merged_equals_unmerged_and_unmerging_is_exact(
-    method: MethodCase, case: ModelCase
-) -> None:
+def test_merged_equals_unmerged_and_unmerging_is_exact(method: MethodCase, case: ModelCase) -> None:
     if not method.merges:
         pytest.skip("the method does not merge")
     model = method.wrap_trained(case.build())
@@ -213,7 +211,7 @@ def test_other_dtypes(method: MethodCase, case: ModelCase, dtype: torch.dtype) -
     batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in case.batch().items()}
     result = case.run(model, batch)
     assert result.dtype == dtype
-    result.float().square().mean().backward()
+    loss(result).backward()
     assert all(torch.isfinite(p.grad).all() for p in adapter if p.grad is not None)
     if method.merges:
         before = {name: t.clone() for name, t in base.state_dict().items()}
@@ -231,7 +229,7 @@ def test_autocast(method: MethodCase, case: ModelCase) -> None:
     expected = output(case, model)
     with torch.autocast("cpu", torch.bfloat16):
         result = case.run(model, case.batch())
-    result.float().square().mean().backward()
+    loss(result).backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.dtype == torch.float32
@@ -247,7 +245,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     batch = case.batch()
-    case.run(model, batch).float().square().mean().backward()
+    torch.manual_seed(0)  # diffusers' DiT drops labels at random
+    loss(case.run(model, batch)).backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     base = model.get_base_model()
@@ -259,14 +258,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(
         base.enable_gradient_checkpointing()
     else:
         pytest.skip("the model offers no gradient checkpointing")
-    case.run(model, batch).float().square().mean().backward()
+    torch.manual_seed(0)
+    loss(case.run(model, batch)).backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name
             assert_near(parameter.grad, expected[name])
 
 
-def test_compiled_equals_eager(method: MethodCase, case: ModelCase) -> None:
+def test_compiled_equals_eager(method: MethodCase, family: str, case: ModelCase) -> None:
+    if family not in COMPILED:
+        pytest.skip("compiled in another family of the same layers")
     torch.compiler.reset()
     model = method.wrap_trained(case.build())
     expected = output(case, model)
@@ -274,7 +276,7 @@ def test_compiled_equals_eager(method: MethodCase, case: ModelCase) -> None:
     compiled = torch.compile(model, backend="aot_eager")
     result = case.run(compiled, case.batch())
     assert_near(result.detach(), expected)
-    result.float().square().mean().backward()
+    loss(result).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 

@@ -11,14 +11,14 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from support.methods import METHODS, PAIRS
-from support.models import MODELS
+from support.models import MODELS, loss
 
 # Models whose output is one row an input: a batch can be split between processes.
 SPLITTABLE = ("transformers-vit", "open_clip-vit", "timm-convnext", "diffusers-unet", "torch-cnn")
 
 
 def gradients(method: str, family: str, rank: int, processes: int) -> dict[str, torch.Tensor]:
-    """Gradients of the mean square output over this process's share of a batch of four."""
+    """Gradients of the loss over this process's share of a batch of four."""
     case = MODELS[family]
     model = METHODS[method].wrap_trained(case.build())
     share = 4 // processes
@@ -31,7 +31,7 @@ def gradients(method: str, family: str, rank: int, processes: int) -> dict[str, 
     net = DistributedDataParallel(model) if processes > 1 else model
     for _ in range(2):
         model.zero_grad()
-        case.run(net, batch).float().square().mean().backward()
+        loss(case.run(net, batch)).backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 import graftune
-from peft import PeftModel
-
 from support.models import MODELS
 
 
