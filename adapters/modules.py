@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -24,15 +25,20 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"{name}.{inner}", module
 
 
-def canonical_name(key: str) -> str:
-    """Return a module's name in the bare base model.
+def without_base_layers(key: str) -> str:
+    """Return a name without the tuner layers on its way: the name in the bare model.
 
     Example:
-        >>> canonical_name("base_model.model.encoder.0.base_layer")
-        'encoder.0'
+        >>> without_base_layers("encoder.0.base_layer.weight")
+        'encoder.0.weight'
     """
-    parts = key.removeprefix("base_model.model.").split(".")
-    return ".".join(part for part in parts if part != "base_layer")
+    return ".".join(part for part in key.split(".") if part != "base_layer")
+
+
+def is_target_parameter(config: PeftConfig, name: str) -> bool:
+    """Say whether `target_parameters` names a parameter, in full or by how its name ends."""
+    targets = getattr(config, "target_parameters", None) or ()
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def without_index(key: str) -> str:

@@ -39,8 +39,8 @@ def add_peft_type(name: str) -> PeftType:
     PeftType._value2member_map_[name] = member
     # EnumType.__setattr__ refuses to reassign members and knows nothing of ours yet.
     type.__setattr__(PeftType, name, member)
-    if hasattr(PeftType, "_hashable_values_"):  # Python 3.13
-        PeftType._hashable_values_.append(name)
+    # Python 3.13 looks values up in a list as well.
+    getattr(PeftType, "_hashable_values_", []).append(name)
 
     known = (
         PeftType(name) is member,

@@ -72,5 +72,6 @@ def _restore_peft_configs(
         if "peft_config" in module.__dict__ and id(module) not in owners:
             del module.peft_config
     for module, content in configs:
-        module.peft_config.clear()
-        module.peft_config.update(content)
+        present = module.__dict__["peft_config"]
+        present.clear()
+        present.update(content)

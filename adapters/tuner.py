@@ -22,8 +22,7 @@ from .checkpoint import check_fits, check_not_empty
 from .config import GraftConfig
 from .digest import base_digest, difference
 from .messages import listing, nearest, warn_once
-from .modules import base_modules, canonical_name, without_index
-
+from .modules import base_modules, is_target_parameter, without_base_layers, without_index
 
 # The config fields that decide what is adapted.
 _TARGET_FIELDS = (
@@ -98,7 +97,7 @@ class GraftTuner(BaseTuner):
 
     # Checks before anything is changed.
 
-    def _check_targets(self, model: nn.Module, config: PeftConfig) -> None:
+    def _check_targets(self, model: nn.Module, config: Any) -> None:
         config = self._prepare_adapter_config(config, self.get_model_config(model))
         if config.target_modules == DUMMY_TARGET_MODULES:
             return
@@ -109,13 +108,13 @@ class GraftTuner(BaseTuner):
                 self.adapter_shapes(config, key, module, None)
                 found = True
             for name, _ in module.named_parameters(recurse=False):
-                if _targets_parameter(config, f"{key}.{name}"):
+                if is_target_parameter(config, f"{key}.{name}"):
                     self.adapter_shapes(config, key, module, name)
                     found = True
         if not found:
             raise NoMatchingPeftModuleError(self._no_match_message(model, config))
 
-    def _no_match_message(self, model: nn.Module, config: PeftConfig) -> str:
+    def _no_match_message(self, model: nn.Module, config: Any) -> str:
         results = [self._check_target_module_exists(config, key) for key, _ in base_modules(model)]
         candidates: dict[str, None] = {}
         for key, module in base_modules(model):
@@ -169,7 +168,7 @@ class GraftTuner(BaseTuner):
         tensors = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        if config.target_modules != DUMMY_TARGET_MODULES:
+        if getattr(config, "target_modules", None) != DUMMY_TARGET_MODULES:
             check_not_empty(tensors, adapter_name)
         return tensors
 
@@ -214,7 +213,8 @@ def digest_of_targets(model: nn.Module, adapter_name: str) -> str | None:
         if adapter_name not in layer._get_available_adapters():
             continue
         for name, tensor in _adapted_tensors(layer).items():
-            tensors[f"{canonical_name(key)}.{name}"] = tensor
+            module_name = without_base_layers(key.removeprefix("base_model.model."))
+            tensors[f"{module_name}.{name}"] = tensor
     for name, tensor in tensors.items():
         reason = _not_comparable(tensor)
         if reason is not None:
@@ -241,7 +241,7 @@ def _base_mismatch_message(config: GraftConfig, model: nn.Module, reason: str) -
 def _adapted_tensors(layer: BaseTunerLayer) -> dict[str, torch.Tensor]:
     """The base tensors under a tuner layer, as they are without any adapter."""
     adapted = getattr(layer, "adapted_tensors", None)
-    return adapted() if adapted is not None else {"weight": layer.get_base_layer().weight}
+    return adapted() if adapted is not None else {"weight": layer.weight}
 
 
 def _not_comparable(tensor: torch.Tensor) -> str | None:
@@ -254,7 +254,7 @@ def _not_comparable(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def _peft_sentence(config: PeftConfig, results: list[Any]) -> str:
+def _peft_sentence(config: Any, results: list[Any]) -> str:
     """PEFT's own words for the case, which its users search for."""
     excluded = any(isinstance(result, _ExcludedModule) for result in results)
     unmatched = not all(isinstance(result, _ExcludedModule) for result in results)
@@ -268,8 +268,3 @@ def _peft_sentence(config: PeftConfig, results: list[Any]) -> str:
         "No modules were targeted for adaptation. This might be caused by a combination of "
         "mismatched target modules and excluded modules."
     )
-
-
-def _targets_parameter(config: PeftConfig, name: str) -> bool:
-    targets = getattr(config, "target_parameters", None) or ()
-    return any(name == target or name.endswith(f".{target}") for target in targets)

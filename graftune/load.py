@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from graftune.adapters.checkpoint import check_fits
+from graftune.adapters.config import GraftConfig
 from graftune.adapters.messages import listing, nearest
 from graftune.adapters.restore import untouched_on_error
 
@@ -77,7 +78,8 @@ def load(
     config = _read_config(folder)
     shapes = _read_shapes(folder / SAFETENSORS_WEIGHTS_NAME)
     config.inference_mode = not is_trainable
-    config.base_check = check_base  # read by graftune's tuners when they attach
+    if isinstance(config, GraftConfig):
+        config.base_check = check_base
     peft_options = {name: value for name, value in options.items() if name in _PEFT_OPTIONS}
 
     with untouched_on_error(base):

@@ -120,7 +120,7 @@ def _config(method: str | PeftConfig, overrides: dict[str, Any]) -> PeftConfig:
     return config_cls(**values)
 
 
-def _fill(config: PeftConfig, model: nn.Module) -> None:
+def _fill(config: Any, model: nn.Module) -> None:
     """Fill in what the config leaves open for this model."""
     family = recognise(model)
     if config.task_type is None and family.task_type is not None:

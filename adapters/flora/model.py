@@ -25,6 +25,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..messages import listing, nearest
+from ..modules import is_target_parameter, without_base_layers
 from ..tuner import GraftTuner
 from .batches import mixed_batch
 from .combine import combined_config, places
@@ -38,11 +39,9 @@ from .parameter import FloraParameters
 from .shapes import CONVOLUTIONS, TRANSPOSED, parameter_shape, projection_names, weight_shape
 from .targets import (
     has_no_input,
-    is_target_parameter,
     rank_setting,
     scale_setting,
     shapes_at,
-    without_base_layers,
 )
 from .weight import FloraWeight
 

@@ -117,12 +117,3 @@ def has_no_input(module: nn.Module) -> bool:
     """Say whether a module runs with W + ΔW, so that dropout has no input of a branch to act on."""
     # An attention reads the weight of its `out_proj` and never calls it.
     return not runs_as_defined(module) or isinstance(module, NonDynamicallyQuantizableLinear)
-
-
-def is_target_parameter(config: FloraConfig, name: str) -> bool:
-    targets = config.target_parameters or ()
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def without_base_layers(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "base_layer")
