@@ -261,7 +261,10 @@ def _peft_sentence(config: Any, results: list[Any]) -> str:
     if excluded and not unmatched:
         return "All modules were excluded."
     if not excluded and not config.target_modules:
-        return "No `target_modules` passed but also no `target_parameters` found."
+        return (
+            "No `target_modules` passed but also no `target_parameters` found. Please check the "
+            "values for these arguments."
+        )
     if not excluded:
         return f"Target modules {config.target_modules} not found in the base model."
     return (

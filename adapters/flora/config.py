@@ -40,6 +40,7 @@ class FloraConfig(GraftConfig):
         modules_to_save: modules to train in full and to save with the adapter.
 
     Raises:
+        TypeError: `target_parameters` is a string.
         ValueError: a field is out of range or two fields contradict each other.
 
     Example:
@@ -115,6 +116,8 @@ class FloraConfig(GraftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
         self.r = _checked_rank("r", self.r)
         self.rank_pattern = {
             pattern: _checked_rank(f"rank_pattern[{pattern!r}]", rank)

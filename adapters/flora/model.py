@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    ModulesToSaveWrapper,
     get_quantization_kwargs,
 )
 from peft.utils.integrations import init_empty_weights
@@ -114,7 +115,7 @@ class FloraModel(GraftTuner):
                 f"ranks beyond a dimension of the weight were cut to it in {listing(self._cut)}",
                 stacklevel=2,
             )
-        if self._too_large:
+        if self._too_large and state_dict is None:  # else there is nothing left to choose
             warnings.warn(
                 "the adapter has at least as many numbers as the weight itself in "
                 f"{listing(self._too_large)}: give smaller ranks with `r` or `rank_pattern`, or "
@@ -384,8 +385,8 @@ class FloraModel(GraftTuner):
                 add factors that only mean something as a product.
 
         Raises:
-            ValueError: an adapter does not exist, the name is taken, numbers do not match, or the
-                type is another.
+            ValueError: an adapter does not exist, the name is taken, numbers do not match, the
+                type is another, or adapters train the same module in full (`modules_to_save`).
 
         Example:
             >>> model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")  # doctest: +SKIP
@@ -404,6 +405,17 @@ class FloraModel(GraftTuner):
             raise ValueError(f"got {len(weights)} weights for {len(adapters)} adapters")
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter {adapter_name!r} already: choose another name")
+        shared = [
+            module
+            for module in self.modules()
+            if isinstance(module, ModulesToSaveWrapper)
+            and sum(name in module.modules_to_save for name in adapters) > 1
+        ]
+        if shared:
+            raise ValueError(
+                "Cannot add weighted adapters if they target the same module with "
+                f"modules_to_save, but found {len(shared)} such instance(s)."
+            )
         tensors = {
             place: layer.weighted_sum(adapters, weights, place[1] or "weight")
             for place, layer in places(self.model, adapters).items()
