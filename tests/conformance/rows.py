@@ -1,0 +1,321 @@
+"""Which of PEFT's tests run on which of our methods: a new method is one more `METHODS` row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import peft
+
+from graftune import FloraConfig
+
+from .translate import ANY, Method, Template
+
+LORA = Template(
+    peft.LoraConfig,
+    renamed={"lora_dropout": "dropout", "init_lora_weights": "init_weights"},
+    neutral={"lora_alpha": ANY, "bias": ("none",)},
+)
+LOKR = Template(
+    peft.LoKrConfig,
+    neutral={"alpha": ANY, "rank_dropout": (0.0,), "module_dropout": (0.0,)},
+)
+
+METHODS = (
+    Method(
+        "FLoRA",
+        FloraConfig,
+        templates=(LORA, LOKR),
+        mixed_batches=True,
+        treated_as={
+            # Core and factors start near zero: at the usual rate they move too little to be seen.
+            "*::test_only_params_are_updated?FLoRA-Embedding*": "HiraConfig",
+            # Three plain gradient steps on inputs up to 90 diverge at the usual rate.
+            "*::test_parameters_after_loading_model?FLoRA-*": "RandLoraConfig",
+            "*::test_disable_adapters?FLoRA-Conv2d Groups2*": "PveraConfig",
+        },
+        extra={
+            "test_name,model_id,config_cls,config_kwargs": (
+                ("ranks", "MLP", {"target_modules": ["lin0", "lin1"], "r": [4, 2]}),
+                ("rank pattern", "MLP2", {"target_modules": "lin.", "rank_pattern": {"lin1": 1}}),
+                (
+                    "scale pattern",
+                    "MLP",
+                    {
+                        "target_modules": ["lin0", "lin1"],
+                        "scale": 2.0,
+                        "scale_pattern": {"lin0": 0.5},
+                    },
+                ),
+                ("dropout", "Conv2d", {"target_modules": ["conv2d"], "dropout": 0.1}),
+                ("ranks of a kernel", "Conv2d", {"target_modules": "conv2d", "r": [4, 3, 2, 2]}),
+                ("Conv1d bigger", "Conv1dBigger", {"target_modules": ["conv1d"], "r": 2}),
+                ("Conv2d second", "Conv2d2", {"target_modules": ["lin0", "conv2d", "lin1"]}),
+                (
+                    "exclude",
+                    "MLP",
+                    {"target_modules": ["lin0", "lin1"], "exclude_modules": ["lin1"]},
+                ),
+            )
+        },
+    ),
+)
+
+
+# Why a test that is written around a built-in config cannot hold for ours.
+NAMES = "names tensors or classes of LoRA or LoKr"
+COUNTS = "counts the parameters of LoRA"
+TOKENS = "needs trainable_token_indices, which is LoRA's"
+WORDS = "refused as it should be, in other words"
+SHAPES = "an adapter of other shapes is refused, with ignore_mismatched_sizes too"
+MIXED = "PeftMixedModel has a closed list of methods"
+PARAMETRISED = "a weight with a parametrization of its own is refused"
+HOTSWAP = "PEFT swaps LoRA only"
+GROUPS = "ranks need not be divisible by groups here"
+DOWNLOADS = "downloads into a cache of its own"
+NOT_MADE = "needs a model of the Hub that hub.py does not make"
+CONVERTED = "names or counts what the conversion to LoRA makes of the small model here"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One of PEFT's test files.
+
+    Args:
+        minimum: how many tests must pass, or the run fails.
+        bodies: tests that write a built-in config in their body (`Class::test` or a pattern) and
+            run here with ours in its place.
+        deselected: reasons, to the tests that for this reason cannot hold for our methods.
+        quick: patterns of the tests of the quick form; none leaves the file out of it.
+        quick_minimum: how many of these must pass.
+    """
+
+    minimum: int
+    bodies: tuple[str, ...] = ()
+    deselected: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    quick: tuple[str, ...] = ()
+    quick_minimum: int = 0
+
+
+FAMILIES: dict[str, Family] = {
+    "test_config": Family(
+        1,
+        deselected={DOWNLOADS: ("TestPeftConfig::test_from_pretrained_cache_dir",)},
+        quick=("*",),
+        quick_minimum=1,
+    ),
+    "test_custom_models": Family(
+        1,
+        bodies=tuple(
+            f"TestPeftCustomModel::{name}"
+            for name in (
+                "test_add_adapter_rejects_duplicate_name_without_mutation",
+                "test_delete_adapter_with_multiple_adapters_works",
+                "test_delete_adapter_multiple_adapters_with_modules_to_save",
+                "test_weight_bias_attributes",
+                "test_multiple_adapters_automatic_modules_to_save",
+                "test_multiple_adapters_mixed_modules_to_save_merging_adapters",
+                "test_multiple_adapters_same_modules_to_save_merging_adapters_raises",
+                "test_multiple_adapters_seq_cls_mixed_modules_to_save_merging_adapters",
+                "test_add_weighted_adapter_cat_with_rank_pattern",
+                "test_multiple_adapters_no_needless_copy_modules_to_save",
+                "test_existing_model_card",
+                "test_non_existing_model_card",
+                "test_load_resized_embedding_ignore_mismatched_sizes",
+                "test_save_embedding_layers_excludes_similarly_named_sibling",
+                "test_load_does_not_overwrite_similarly_named_sibling",
+                "test_ignore_mismatched_sizes_with_scalar_modules_to_save",
+                "test_unload_adapter_multihead_attention",
+            )
+        ),
+        deselected={
+            NAMES: ("TestMixedAdapterBatches::test_mixed_adapter_batches_mha_raises",),
+            SHAPES: ("*::test_load_resized_embedding_ignore_mismatched_sizes",),
+            MIXED: ("*::test_add_adapter_rejects_duplicate_name_without_mutation?FLoRA-True*",),
+        },
+        quick=(
+            "TestPeftCustomModel::test_save_pretrained",
+            "TestPeftCustomModel::test_load_multiple_adapters",
+            "TestPeftCustomModel::test_merge_layers",
+            "TestPeftCustomModel::test_safe_merge",
+            "TestPeftCustomModel::test_only_params_are_updated",
+            "TestPeftCustomModel::test_disable_adapters",
+            "TestPeftCustomModel::test_delete_adapter",
+            "TestPeftCustomModel::test_forward_bfloat16_no_autocast",
+            "TestMultipleActiveAdapters::*",
+            "TestMixedAdapterBatches::*",
+            "TestPeftFsdpStateDict::*",
+        ),
+        quick_minimum=1,
+    ),
+    "test_decoder_models": Family(
+        1,
+        bodies=("TestDecoderModels::test_merge_and_unload_fixes_tie_word_embeddings_config",),
+        quick=("*tiny-random-GPT2LMHeadModel*",),
+        quick_minimum=1,
+    ),
+    "test_encoder_decoder_models": Family(
+        1,
+        quick=(
+            "*::test_merge_layers?*Bart*",
+            "*::test_generate?*Bart*",
+        ),
+        quick_minimum=1,
+    ),
+    "test_feature_extraction_models": Family(
+        1,
+        quick=("*tiny-random-BertModel*",),
+        quick_minimum=1,
+    ),
+    "test_seq_classifier": Family(
+        1,
+        quick=("*::test_save_pretrained?*",),
+        quick_minimum=1,
+    ),
+    "test_token_classification_qa": Family(1),
+    "test_target_parameters": Family(
+        1,
+        bodies=(
+            "TestTargetParameters::test_target_parameter_init_does_not_warn_*",
+            "TestTargetParameters::test_multiple_adapters_load_order_independent",
+            "TestTargetParameters::test_target_parameters_works_with_existing_parametrization",
+            "TestTargetParameters::test_target_parameter_on_top_level_module_raises",
+        ),
+        deselected={
+            NAMES: ("TestDecoderModelsTargetParameters::test_*mixed_adapter_batches*",),
+            PARAMETRISED: ("*::test_target_parameters_works_with_existing_parametrization",),
+            WORDS: ("*::test_target_parameter_on_top_level_module_raises",),
+        },
+        quick=("*GptOssForCausalLM-4*",),
+        quick_minimum=1,
+    ),
+    "test_vision_models": Family(
+        1,
+        quick=("*",),
+        quick_minimum=1,
+    ),
+    "test_stablediffusion": Family(1),
+    "test_torch_compile": Family(1),
+    "test_low_level_api": Family(
+        1,
+        bodies=(
+            "TestInjectAdapterFromStateDict::test_inject_from_state_dict_[!a]*",
+            "TestPeftStateDict::*",
+            "TestGetBaseModelStateDict::*",
+            "TestStateDictFsdpShapeValidation::*",
+        ),
+        deselected={
+            NAMES: (
+                "TestStateDictFsdpShapeValidation::test_save_pretrained_warns_for_unsharded_*",
+                "*::test_inject_from_state_dict_missing_keys_warning",
+                "*::test_inject_from_state_dict_model_with_weight_conversion",
+                "TestPeftStateDict::test_get_and_set_peft_model_state_dict_bias_in_module_name",
+            ),
+        },
+        quick=(
+            "TestInjectAdapterFromStateDict::*",
+            "TestPeftStateDict::*",
+        ),
+        quick_minimum=1,
+    ),
+    "test_lora_conversion": Family(
+        1,
+        bodies=("TestLoraConversion::*",),
+        deselected={
+            CONVERTED: (
+                "TestLoraConversion::test_targeted_modules_identical*",
+                "TestLoraConversion::test_fixed_rank_lora_config",
+                "TestLoraConversion::test_converted_lora_approximates_original_adapter",
+                "TestLoraConversion::test_converted_lora_to_lora_works_and_warns",
+            ),
+        },
+    ),
+    "test_tuners_utils": Family(
+        1,
+        bodies=(
+            "TestTargetedModuleNames::*",
+            "TestTargetedParameterNames::*",
+            "TestExcludedModuleNames::*",
+            "TestModelAndLayerStatus::*",
+            "TestBaseTunerWarnForTiedEmbeddings::*",
+            "TestFindMinimalTargetModules::test_get_peft_mod*",
+            "TestTunerStateDictKeyPrefixes::*",
+        ),
+        deselected={
+            NAMES: (
+                "TestModelAndLayerStatus::test_module_type_small",
+                "TestModelAndLayerStatus::test_module_type_large",
+                "TestModelAndLayerStatus::test_requires_grad_irregular",
+                "TestModelAndLayerStatus::test_target_parameters*",
+                "TestModelAndLayerStatus::test_adapter_model_type_*",
+                "TestModelAndLayerStatus::test_peft_types_*",
+                "TestModelAndLayerStatus::test_model_requires_grad_model_irregular",
+                "TestModelAndLayerStatus::test_model_target_parameters*",
+                "TestModelAndLayerStatus::test_model_status_with_modules_to_save",
+                "TestModelAndLayerStatus::test_mixed_model_raises",
+                "TestTunerStateDictKeyPrefixes::test_prefixes_lora",
+                "TestTunerStateDictKeyPrefixes::test_prefixes_select_correct_state_dict_keys",
+                "TestTunerStateDictKeyPrefixes::test_prefixes_model_with_injected_layers_only",
+                "TestTunerStateDictKeyPrefixes::test_prefixes_multiple_adapters_and_*",
+            ),
+            COUNTS: (
+                "TestModelAndLayerStatus::test_nb_params_*",
+                "TestModelAndLayerStatus::test_model_with_injected_layers",
+            ),
+            TOKENS: (
+                "TestModelAndLayerStatus::test_*trainable_tokens*",
+                "TestTunerStateDictKeyPrefixes::test_prefixes_tuner_layer_inside_auxiliary_*",
+            ),
+            NOT_MADE: ("TestModelAndLayerStatus::test_transformers_model",),
+        },
+        quick=("*",),
+        quick_minimum=1,
+    ),
+    "test_other": Family(
+        1,
+        bodies=(
+            "test_*",
+            "TestModulesToSave*",
+            "TestTargetingAuxiliaryTrainingWrapper::*",
+            "TestGetModuleNamesTiedWithEmbedding::test_get_modules_tied_to_embedding_peft",
+        ),
+        deselected={
+            TOKENS: (
+                "TestTargetingAuxiliaryTrainingWrapper::test_targeting_trainable_tokens_raises",
+            ),
+        },
+        quick=("TestModulesToSave*",),
+        quick_minimum=1,
+    ),
+    "test_initialization": Family(
+        1,
+        bodies=(
+            "TestLoraInitialization::test_mha_load_init_model_first",
+            "TestLoraInitialization::test_mha_merge_masks_method",
+            "TestLoraInitialization::test_valid_*",
+            "TestLoraInitialization::test_target_parameters_wrong_type_raises",
+            "TestLoraInitialization::test_adding_multiple_adapters_with_same_target_parameters_*",
+            "TestLoraInitialization::test_loading_multiple_adapters_with_target_parameters_works",
+            "TestNoInfiniteRecursionDeepspeed::*",
+            "TestCustomModelConfigWarning::*",
+            "TestLowCpuMemUsage::*",
+            "TestNamingConflictWarning::*",
+            "TestLoadPeftKeyMapping::*",
+            "TestWeightTying::*_lokr",
+        ),
+        deselected={
+            MIXED: (
+                "TestNoInfiniteRecursionDeepspeed::test_no_infinite_recursion?*-PeftMixedModel?",
+                "TestLowCpuMemUsage::test_mixed_model_from_pretrained_low_cpu_mem_usage_works",
+            ),
+            HOTSWAP: ("TestHotSwapping::test_hotswap_works",),
+            GROUPS: ("*::test_error_raised_if_rank_not_divisible_by_groups",),
+        },
+    ),
+    "test_mapping": Family(1, bodies=("TestGetPeftModel::*",)),
+    "test_hub_features": Family(
+        1,
+        bodies=("TestLocalModel::*",),
+        deselected={NAMES: ("TestModelCard::test_model_card_has_expected_tags*",)},
+    ),
+}
