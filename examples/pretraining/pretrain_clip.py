@@ -280,7 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--state", type=Path, required=True, help="folder of the resumable state")
     parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--steps", type=int, default=1150)
+    parser.add_argument("--steps", type=int, default=1020)
     parser.add_argument("--batch", type=int, default=384)
     parser.add_argument("--lr", type=float, default=6e-3)
     parser.add_argument("--save-every", type=int, default=150)
