@@ -130,7 +130,7 @@ def measure_training(case: Case, base: Layer, options: argparse.Namespace) -> di
         error = float((actual - expected).abs().max() / expected.abs().max())
     gradient = torch.randn_like(expected)
     steps = {name: training_step(form, x, gradient) for name, form in forms.items()}
-    seconds = interleaved(steps, options.repeats, options.warmup, options.device)
+    seconds = interleaved(steps, options.repeats, options.warmup, options.seconds, options.device)
     operations = {name: flops(step) for name, step in steps.items()}
     forward = operations["frozen"] / 2  # forward and input gradient cost the same
     memory = {name: peak_bytes(step, options.device) for name, step in steps.items()}
@@ -160,7 +160,9 @@ def measure_inference(case: Case, base: Layer, options: argparse.Namespace) -> d
     }
     x = torch.randn(case.input_shape, device=options.device)
     steps = {name: inference_step(form, x) for name, form in forms.items()}
-    seconds = interleaved(steps, 2 * options.repeats, options.warmup, options.device)
+    seconds = interleaved(
+        steps, 2 * options.repeats, options.warmup, options.seconds / 3, options.device
+    )
     return {
         "seconds": {name: summary(values) for name, values in seconds.items()},
         "time_ratios": {
@@ -187,13 +189,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one case a family, few repeats")
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in (*CASES, *SMALL)])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repeats", type=int, help="timed rounds (default 11; quick 5)")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds not timed")
+    parser.add_argument("--repeats", type=int, help="timed rounds at the fewest (7; quick 3)")
+    parser.add_argument("--seconds", type=float, help="time a case for so long (12; quick 1)")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds not timed")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of PyTorch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="PATH")
     options = parser.parse_args(arguments)
-    options.repeats = options.repeats or (5 if options.quick else 11)
+    if options.repeats is None:
+        options.repeats = 3 if options.quick else 7
+    if options.seconds is None:
+        options.seconds = 1.0 if options.quick else 12.0
     return options
 
 
@@ -201,7 +207,7 @@ def main() -> None:
     """Measure, print the table and the targets, and write the JSON."""
     options = parse()
     torch.set_num_threads(options.threads)
-    console = Console(width=max(Console().width, 92))  # a narrower table loses its numbers
+    console = Console(width=max(Console().width, 100))  # a narrower table loses its numbers
     chosen = [case for case in CASES if case.quick or not options.quick]
     if options.cases:
         chosen = [case for case in (*CASES, *SMALL) if case.name in options.cases]
@@ -225,7 +231,7 @@ def main() -> None:
     for verdict in verdicts:
         console.print(verdict_line(verdict), highlight=False)
     console.print(
-        f"threads: {options.threads}, repeats: {options.repeats}, device: {options.device}"
+        f"threads: {options.threads}, rounds: {options.repeats} or more, device: {options.device}"
     )
     console.print(f"memory: {result['memory']}")
     console.print(f"written to {options.json}")

@@ -25,19 +25,34 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def interleaved(
-    steps: Mapping[str, Step], repeats: int, warmup: int = 1, device: str = "cpu"
+    steps: Mapping[str, Step],
+    repeats: int,
+    warmup: int = 1,
+    at_least: float = 0.0,
+    device: str = "cpu",
 ) -> dict[str, list[float]]:
     """Return seconds of every step, taken in turns: A, B, C, A, B, C...
 
     A machine that slows down or is shared for a while then slows all steps down alike, and a
     round's times belong together.
+
+    Args:
+        steps: what to time, by name.
+        repeats: how many rounds to time, at the fewest.
+        warmup: how many rounds to run before.
+        at_least: seconds to go on for; short steps, which are noisier, get more rounds.
+        device: "cpu" or "cuda".
     """
+    for _ in range(warmup):
+        for step in steps.values():
+            _seconds(step, device)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(warmup + repeats):
+    rounds, total = 0, 0.0
+    while rounds < repeats or total < at_least:
         for name, step in steps.items():
-            elapsed = _seconds(step, device)
-            if turn >= warmup:
-                seconds[name].append(elapsed)
+            seconds[name].append(_seconds(step, device))
+            total += seconds[name][-1]
+        rounds += 1
     return seconds
 
 
@@ -62,8 +77,8 @@ def peak_bytes(step: Step, device: str = "cpu") -> int:
 
     On a CPU they are the allocations and frees that torch.profiler records of PyTorch's
     allocator, temporaries inside operations included; on CUDA, torch.cuda.max_memory_allocated.
+    Run the step once before: what is allocated once for all, like workspaces, is none of its own.
     """
-    step()  # what is allocated once for all, like handles and workspaces, is none of the step's
     gc.collect()
     return _peak_cuda(step) if device == "cuda" else _peak_cpu(step)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "flora_speed.py"
+pytestmark = pytest.mark.slow
 FORMS = {"frozen", "flora", "lora", "dense", "lycoris"}
 
 pytest.importorskip("lycoris", reason="lycoris-lora is installed by the extra `benchmark`")
@@ -19,7 +20,7 @@ pytest.importorskip("lycoris", reason="lycoris-lora is installed by the extra `b
 @pytest.fixture(scope="module")
 def result(tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp("results") / "speed.json"
-    options = ["--cases", "small-conv", "small-linear", "--repeats", "1", "--warmup", "0"]
+    options = ["--cases", "small-conv", "small-linear", "--repeats", "1", "--seconds", "0"]
     command = [sys.executable, str(SCRIPT), *options, "--threads", "1", "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
