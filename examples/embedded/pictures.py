@@ -37,6 +37,9 @@ SEEN = (
 NEAR = "emojione-v1"
 FAR = "openmoji"
 
+# Any style can also be had as a photographic negative, of which the pretraining saw nothing either.
+NEGATIVE = "-negative"
+
 
 @dataclass(frozen=True)
 class Emoji:
@@ -115,7 +118,10 @@ def all_emoji() -> tuple[Emoji, ...]:
 
 
 def load_style(style: str) -> Style:
-    """Read one style's sheet."""
+    """Read one style's sheet; "openmoji-negative" is "openmoji" with light and dark exchanged."""
+    if style.endswith(NEGATIVE):
+        positive = load_style(style.removesuffix(NEGATIVE))
+        return Style(style, 255 - positive.images, positive.emoji)
     folder = folder_of(style)
     rows_of = _index()["styles"][style]["emoji"]
     size, columns = _index()["size"], _index()["columns"]

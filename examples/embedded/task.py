@@ -2,7 +2,7 @@
 
     from embedded.task import few_shot_task, features_of
 
-    task = few_shot_task(seed=0, shots=8)
+    task = few_shot_task(seed=0, shots=16)
     before = task.score(*features_of(model, processor), split="test")
     ...                                          # train on task.train: images and labels
     after = task.score(*features_of(model, processor), split="test")
@@ -21,6 +21,11 @@ accuracies in percent give three numbers:
 
 Pictures of one group (man, woman and person variants, for example) are never split over training,
 validation and test. Settings are chosen on the validation split and reported on the test split.
+
+The new style is `openmoji-negative`, chosen on the validation split before any method was compared,
+because there full fine-tuning is seen to gain and to forget in every run. The model is too good at
+plain `openmoji` and `emojione-v1` for that: full fine-tuning gains little or nothing on their base
+classes and only forgets. Both stay available as `style`. `benchmarks/README.md` has the numbers.
 """
 
 from __future__ import annotations
@@ -36,11 +41,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedded.pictures import FAR, NEAR, SEEN, Style, all_emoji, load_style, subcategory_text
+from embedded.pictures import (
+    FAR,
+    NEAR,
+    NEGATIVE,
+    SEEN,
+    Style,
+    all_emoji,
+    load_style,
+    subcategory_text,
+)
 
 ImageFeatures = Callable[[np.ndarray], Tensor]
 TextFeatures = Callable[[list[str]], Tensor]
 
+NEW_STYLE = FAR + NEGATIVE
 TEMPLATE = "a picture of {}"
 LEAST_GROUPS = 10  # a class needs these many groups to be split in three
 SPLITS = ("validation", "test")
@@ -101,7 +116,7 @@ def accuracy(images: Tensor, texts: Tensor, labels: Tensor) -> float:
     return 100 * (hits / place.bincount()).mean().item()
 
 
-def few_shot_task(seed: int = 0, shots: int = 8, style: str = FAR) -> FewShotTask:
+def few_shot_task(seed: int = 0, shots: int = 16, style: str = NEW_STYLE) -> FewShotTask:
     """Draw classes and pictures for a seed; with fewer pictures than `shots`, a class gives all.
 
     Half of a class's groups are for training, a fifth for validation, the rest for testing. The

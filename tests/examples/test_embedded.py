@@ -12,6 +12,7 @@ from embedded.model import CLIP, load_clip
 from embedded.pictures import (
     FAR,
     NEAR,
+    NEGATIVE,
     SEEN,
     all_emoji,
     folder_of,
@@ -19,7 +20,7 @@ from embedded.pictures import (
     styles,
     subcategory_text,
 )
-from embedded.task import accuracy, features_of, few_shot_task, pixel_values, prompts
+from embedded.task import NEW_STYLE, accuracy, features_of, few_shot_task, pixel_values, prompts
 
 
 @pytest.mark.parametrize("name", [*SEEN, NEAR, FAR])
@@ -40,6 +41,12 @@ def test_every_style_is_seen_or_held_out() -> None:
 def test_an_unknown_style_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="openmoji"):
         load_style("crayons")
+
+
+def test_a_negative_exchanges_light_and_dark() -> None:
+    positive, negative = load_style(FAR), load_style(FAR + NEGATIVE)
+    assert (positive.images == 255 - negative.images).all()
+    assert positive.names == negative.names
 
 
 def test_names_are_unique_and_variants_share_a_group() -> None:
@@ -78,7 +85,7 @@ def test_the_model_names_what_it_was_pretrained_on_and_knows_of_the_near_style()
         assert accuracy(image_features(style.images[list(rows)]), names, labels) > least
 
 
-@pytest.mark.parametrize("style", [NEAR, FAR])
+@pytest.mark.parametrize("style", [NEAR, FAR, NEW_STYLE])
 def test_a_task_splits_classes_and_groups(style: str) -> None:
     task = few_shot_task(seed=3, shots=4, style=style)
     assert not set(task.base_classes) & set(task.novel_classes)
