@@ -43,7 +43,7 @@ _OPT = {
     "ffn_dim": 4,
     "num_attention_heads": 4,
     "num_hidden_layers": 5,
-    "vocab_size": 320,
+    "vocab_size": 1024,
     "max_position_embeddings": 100,
 }
 _GPT2 = {

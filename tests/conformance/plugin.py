@@ -68,6 +68,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests of our methods, without those that are deselected by name."""
+    stale = _stale(items)
     collected: Counter[str] = Counter()
     deselected: dict[str, list[str]] = {}
     kept, others = [], []
@@ -91,6 +92,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=others)
     if os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":
         report = {"collected": collected, "deselected": deselected, "lost": sorted(_lost)}
+        report["stale"] = stale
         COLLECTED.write_text(json.dumps(report))
 
 
@@ -104,8 +106,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     theirs = {t.config_cls.__name__: stand_in(t, method) for t in method.templates}
     theirs |= dict.fromkeys(("LoraLayer", "LoKrLayer"), method.layer_cls)
     names = {(testing_common, "LoKrConfig")}
-    if _matches(item, FAMILIES[_family(item)].bodies):
-        names |= {(item.module, name) for name in theirs}
+    family = FAMILIES[_family(item)]
+    if _matches(item, family.bodies):
+        names |= {(item.module, name) for name in family.names if name in theirs}
     elif method.mixed_batches and "mixed_adapter_batches" in item.name:
         names |= {(item.module, "LoraConfig"), (testing_common, "LoraConfig")}
     for pattern, name in method.treated_as.items():
@@ -117,6 +120,23 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
             if hasattr(module, name):
                 patch.setattr(module, name, theirs[name])
         return (yield)
+
+
+def _stale(items: list[pytest.Item]) -> list[str]:
+    """Return the patterns of `rows.py` that no test answers to any more."""
+    nodes: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        nodes.setdefault(_family(item), []).append(item)
+    stale = []
+    for family, found in nodes.items():
+        settings = FAMILIES[family]
+        named = (*settings.bodies, *settings.quick, *sum(settings.deselected.values(), ()))
+        stale += [
+            f"{family}: {pattern}"
+            for pattern in named
+            if not any(_matches(item, (pattern,)) for item in found)
+        ]
+    return stale
 
 
 def _family(node: pytest.Item) -> str:

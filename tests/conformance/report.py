@@ -42,10 +42,12 @@ def conclude(results: Path, collected: Path, *, quick: bool, whole: bool, code: 
         if whole and row["passed"] < minimum:
             problems.append(f"{family}: {row['passed']} passed, at least {minimum} must")
     print(f"{'all':34}" + "".join(f"{total[name]:17}" for name in COLUMNS))
-    _listing("Deselected", _by_reason(notes["deselected"]))
+    _listing("Deselected", _by_reason(notes["deselected"], with_names=not quick))
     _listing("Skipped by PEFT", reasons.most_common())
     if not quick:
         _listing("Rows of built-in methods without a counterpart", _lost(notes["lost"]))
+    if whole:
+        problems += [f"rows.py names tests that there are not: {name}" for name in notes["stale"]]
     if total["failed"]:
         problems.append(f"{total['failed']} failed")
     for problem in problems:
@@ -70,9 +72,14 @@ def _outcomes(results: Path) -> tuple[dict[str, Counter[str]], Counter[str]]:
     return counts, reasons
 
 
-def _by_reason(deselected: dict[str, list[str]]) -> list[tuple[str, int]]:
-    texts = [f"{family}::{entry}" for family, entries in deselected.items() for entry in entries]
-    return [(text, 1) for text in texts]
+def _by_reason(deselected: dict[str, list[str]], with_names: bool) -> list[tuple[str, int]]:
+    tests: Counter[str] = Counter()
+    for family, entries in deselected.items():
+        for entry in entries:
+            name, reason = entry.rsplit(": ", 1)
+            test = f"\n         {family}::{name.partition('[')[0]}"
+            tests[reason + (test if with_names else "")] += 1
+    return sorted(tests.items())
 
 
 def _lost(entries: list[str]) -> list[tuple[str, int]]:

@@ -73,8 +73,8 @@ PARAMETRISED = "a weight with a parametrization of its own is refused"
 HOTSWAP = "PEFT swaps LoRA only"
 GROUPS = "ranks need not be divisible by groups here"
 DOWNLOADS = "downloads into a cache of its own"
+NUMBERS = "holds numbers that are those of the Hub's weights"
 NOT_MADE = "needs a model of the Hub that hub.py does not make"
-CONVERTED = "names or counts what the conversion to LoRA makes of the small model here"
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class Family:
         minimum: how many tests must pass, or the run fails.
         bodies: tests that write a built-in config in their body (`Class::test` or a pattern) and
             run here with ours in its place.
+        names: the built-in classes that ours stand for in these bodies.
         deselected: reasons, to the tests that for this reason cannot hold for our methods.
         quick: patterns of the tests of the quick form; none leaves the file out of it.
         quick_minimum: how many of these must pass.
@@ -92,6 +93,7 @@ class Family:
 
     minimum: int
     bodies: tuple[str, ...] = ()
+    names: tuple[str, ...] = ("LoraConfig", "LoraLayer", "LoKrConfig", "LoKrLayer")
     deselected: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     quick: tuple[str, ...] = ()
     quick_minimum: int = 0
@@ -99,13 +101,13 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "test_config": Family(
-        1,
+        29,
         deselected={DOWNLOADS: ("TestPeftConfig::test_from_pretrained_cache_dir",)},
         quick=("*",),
-        quick_minimum=1,
+        quick_minimum=29,
     ),
     "test_custom_models": Family(
-        1,
+        1600,
         bodies=tuple(
             f"TestPeftCustomModel::{name}"
             for name in (
@@ -146,35 +148,35 @@ FAMILIES: dict[str, Family] = {
             "TestMixedAdapterBatches::*",
             "TestPeftFsdpStateDict::*",
         ),
-        quick_minimum=1,
+        quick_minimum=295,
     ),
     "test_decoder_models": Family(
-        1,
+        181,
         bodies=("TestDecoderModels::test_merge_and_unload_fixes_tie_word_embeddings_config",),
         quick=("*tiny-random-GPT2LMHeadModel*",),
-        quick_minimum=1,
+        quick_minimum=30,
     ),
     "test_encoder_decoder_models": Family(
-        1,
+        51,
         quick=(
             "*::test_merge_layers?*Bart*",
             "*::test_generate?*Bart*",
         ),
-        quick_minimum=1,
+        quick_minimum=5,
     ),
     "test_feature_extraction_models": Family(
-        1,
+        57,
         quick=("*tiny-random-BertModel*",),
-        quick_minimum=1,
+        quick_minimum=16,
     ),
     "test_seq_classifier": Family(
-        1,
+        36,
         quick=("*::test_save_pretrained?*",),
-        quick_minimum=1,
+        quick_minimum=12,
     ),
-    "test_token_classification_qa": Family(1),
+    "test_token_classification_qa": Family(8),
     "test_target_parameters": Family(
-        1,
+        184,
         bodies=(
             "TestTargetParameters::test_target_parameter_init_does_not_warn_*",
             "TestTargetParameters::test_multiple_adapters_load_order_independent",
@@ -187,17 +189,17 @@ FAMILIES: dict[str, Family] = {
             WORDS: ("*::test_target_parameter_on_top_level_module_raises",),
         },
         quick=("*GptOssForCausalLM-4*",),
-        quick_minimum=1,
+        quick_minimum=24,
     ),
     "test_vision_models": Family(
         1,
         quick=("*",),
         quick_minimum=1,
     ),
-    "test_stablediffusion": Family(1),
-    "test_torch_compile": Family(1),
+    "test_stablediffusion": Family(8),
+    "test_torch_compile": Family(8),
     "test_low_level_api": Family(
-        1,
+        31,
         bodies=(
             "TestInjectAdapterFromStateDict::test_inject_from_state_dict_[!a]*",
             "TestPeftStateDict::*",
@@ -216,22 +218,19 @@ FAMILIES: dict[str, Family] = {
             "TestInjectAdapterFromStateDict::*",
             "TestPeftStateDict::*",
         ),
-        quick_minimum=1,
+        quick_minimum=27,
     ),
     "test_lora_conversion": Family(
-        1,
+        22,
         bodies=("TestLoraConversion::*",),
+        names=("LoKrConfig",),
         deselected={
-            CONVERTED: (
-                "TestLoraConversion::test_targeted_modules_identical*",
-                "TestLoraConversion::test_fixed_rank_lora_config",
-                "TestLoraConversion::test_converted_lora_approximates_original_adapter",
-                "TestLoraConversion::test_converted_lora_to_lora_works_and_warns",
-            ),
+            NAMES: ("TestLoraConversion::test_targeted_modules_identical*",),
+            NUMBERS: ("TestLoraConversion::test_converted_lora_approximates_original_adapter",),
         },
     ),
     "test_tuners_utils": Family(
-        1,
+        85,
         bodies=(
             "TestTargetedModuleNames::*",
             "TestTargetedParameterNames::*",
@@ -269,10 +268,10 @@ FAMILIES: dict[str, Family] = {
             NOT_MADE: ("TestModelAndLayerStatus::test_transformers_model",),
         },
         quick=("*",),
-        quick_minimum=1,
+        quick_minimum=86,
     ),
     "test_other": Family(
-        1,
+        30,
         bodies=(
             "test_*",
             "TestModulesToSave*",
@@ -285,10 +284,10 @@ FAMILIES: dict[str, Family] = {
             ),
         },
         quick=("TestModulesToSave*",),
-        quick_minimum=1,
+        quick_minimum=13,
     ),
     "test_initialization": Family(
-        1,
+        52,
         bodies=(
             "TestLoraInitialization::test_mha_load_init_model_first",
             "TestLoraInitialization::test_mha_merge_masks_method",
@@ -312,9 +311,9 @@ FAMILIES: dict[str, Family] = {
             GROUPS: ("*::test_error_raised_if_rank_not_divisible_by_groups",),
         },
     ),
-    "test_mapping": Family(1, bodies=("TestGetPeftModel::*",)),
+    "test_mapping": Family(3, bodies=("TestGetPeftModel::*",)),
     "test_hub_features": Family(
-        1,
+        2,
         bodies=("TestLocalModel::*",),
         deselected={NAMES: ("TestModelCard::test_model_card_has_expected_tags*",)},
     ),
