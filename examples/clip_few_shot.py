@@ -53,7 +53,7 @@ class Options:
     data: str | None = option(None, "A folder with one subfolder of pictures a class.")
     method: str = option("flora", "A graftune recipe, or lora.")
     rank: int = option(8, "Rank of the adapter.")
-    shots: int = option(8, "Training pictures a class.")
+    shots: int = option(16, "Training pictures a class.")
     split: str = option("test", "What to ask about: test, or validation to choose settings.")
     template: str = option("a picture of {}", "The text of a class; {} is its name.")
 
@@ -65,7 +65,7 @@ class Training(TrainingArguments):
     output_dir: str = option("outputs/clip_few_shot", "Where the results go.", "--output")
     seed: int = 0
     learning_rate: float = 1e-3
-    max_steps: int = 100
+    max_steps: int = 200
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 256
     lr_scheduler_type: str = "cosine"

@@ -39,8 +39,9 @@ def tucker_weight(core: Tensor, factors: Sequence[Tensor], scale: float = 1.0) -
     """
     weight = _scaled(core, scale)
     for factor in factors:
-        # The leading axis goes and comes back last: after N turns the order is the stored one.
-        weight = weight.movedim(0, -1) @ factor.t()  # (r_n.., d_0..d_n)
+        # The leading axis goes and comes back last: after N turns the order is the stored one. Not
+        # by `@`, whose kernel, and so its last bits, depend on whether the core is trainable.
+        weight = torch.tensordot(weight, factor, dims=([0], [1]))  # (r_n.., d_0..d_n)
     return weight
 
 
@@ -304,7 +305,7 @@ def _kernel(core: Tensor, factors: Sequence[Tensor], scale: float) -> Tensor:
     """Contract the core's kernel axes: (r_0, r_1, *r_kernel) -> (r_0, r_1, *kernel)."""
     kernel = _scaled(core, scale)
     for factor in factors:
-        kernel = kernel.movedim(2, -1) @ factor.t()
+        kernel = torch.tensordot(kernel, factor, dims=([2], [1]))
     return kernel
 
 
