@@ -64,8 +64,8 @@ class Training(TrainingArguments):
 
     output_dir: str = option("outputs/clip_few_shot", "Where the results go.", "--output")
     seed: int = 0
-    learning_rate: float = 1e-3
-    max_steps: int = 200
+    learning_rate: float = 3e-3
+    max_steps: int = 100
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 256
     lr_scheduler_type: str = "cosine"
@@ -187,7 +187,7 @@ def report(accuracy: dict[str, list[float]]) -> Table:
 
 
 def draw(
-    task: Task, before: list[Any], after: list[Any], file: Path, seed: int, columns: int = 6
+    task: Task, before: list[Any], after: list[Any], file: Path, seed: int, columns: int = 8
 ) -> None:
     """Draw randomly chosen pictures of the first two questions with both predictions."""
     import matplotlib
@@ -201,7 +201,8 @@ def draw(
     )
     generator = torch.Generator().manual_seed(seed)
     for row, (question, old, new) in zip(axes, questions, strict=True):
-        row[0].set_ylabel(question.about)
+        change = f"{100 * old['accuracy']:.0f} % → {100 * new['accuracy']:.0f} %"
+        row[0].set_ylabel(f"{question.about}\n{change}")
         chosen = torch.randperm(len(question.pictures), generator=generator)[:columns].tolist()
         for axis, index in zip(row, chosen, strict=False):
             example = question.pictures[index]
@@ -222,7 +223,8 @@ def draw(
                 )
         for axis in row:
             axis.set(xticks=[], yticks=[])
-    figure.suptitle("Randomly chosen pictures, none of them trained on", y=0.97)
+    title = "Accuracy before and after, and randomly chosen pictures, none of them trained on"
+    figure.suptitle(title, y=0.97)
     figure.savefig(file, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
