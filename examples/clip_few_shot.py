@@ -189,7 +189,11 @@ def report(accuracy: dict[str, list[float]]) -> Table:
 def draw(
     task: Task, before: list[Any], after: list[Any], file: Path, seed: int, columns: int = 8
 ) -> None:
-    """Draw randomly chosen pictures of the first two questions with both predictions."""
+    """Draw pictures of the first two questions with both predictions.
+
+    They are chosen at random among those that only one of the two models gets right, while there
+    are any: the others show nothing of the change.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -203,7 +207,10 @@ def draw(
     for row, (question, old, new) in zip(axes, questions, strict=True):
         change = f"{100 * old['accuracy']:.0f} % → {100 * new['accuracy']:.0f} %"
         row[0].set_ylabel(f"{question.about}\n{change}")
-        chosen = torch.randperm(len(question.pictures), generator=generator)[:columns].tolist()
+        labels = np.asarray(question.pictures["label"])
+        changed = (old["predictions"] == labels) != (new["predictions"] == labels)
+        order = torch.randperm(len(labels), generator=generator).tolist()
+        chosen = sorted(order, key=lambda index: not changed[index])[:columns]
         for axis, index in zip(row, chosen, strict=False):
             example = question.pictures[index]
             axis.imshow(example["image"])
@@ -223,7 +230,7 @@ def draw(
                 )
         for axis in row:
             axis.set(xticks=[], yticks=[])
-    title = "Accuracy before and after, and randomly chosen pictures, none of them trained on"
+    title = "Accuracy before and after, and pictures that only one of the two gets right"
     figure.suptitle(title, y=0.97)
     figure.savefig(file, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
