@@ -39,9 +39,8 @@ def tucker_weight(core: Tensor, factors: Sequence[Tensor], scale: float = 1.0) -
     """
     weight = _scaled(core, scale)
     for factor in factors:
-        # The leading axis goes and comes back last: after N turns the order is the stored one. Not
-        # by `@`, whose kernel, and so its last bits, depend on whether the core is trainable.
-        weight = torch.tensordot(weight, factor, dims=([0], [1]))  # (r_n.., d_0..d_n)
+        # The leading axis goes and comes back last: after N turns the order is the stored one.
+        weight = _contract(weight, 0, factor)  # (r_n.., d_0..d_n)
     return weight
 
 
@@ -305,8 +304,17 @@ def _kernel(core: Tensor, factors: Sequence[Tensor], scale: float) -> Tensor:
     """Contract the core's kernel axes: (r_0, r_1, *r_kernel) -> (r_0, r_1, *kernel)."""
     kernel = _scaled(core, scale)
     for factor in factors:
-        kernel = torch.tensordot(kernel, factor, dims=([2], [1]))
+        kernel = _contract(kernel, 2, factor)
     return kernel
+
+
+def _contract(tensor: Tensor, axis: int, factor: Tensor) -> Tensor:
+    """Multiply one axis by a factor (d, r) and put it last: (.., r, ..) to (.., .., d)."""
+    # Of more than two axes, the kernel of `@`, and so its last bits, would depend on whether the
+    # tensor is trainable, and a loaded adapter would compute something else than the saved one.
+    rows = tensor.movedim(axis, -1)
+    product = rows.reshape(-1, rows.shape[-1]) @ factor.t()
+    return product.reshape(*rows.shape[:-1], factor.shape[0])
 
 
 def _pointwise(matrix: Tensor, axes: int) -> Tensor:
