@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
 from peft import PeftConfig
+
+# Called with the folder when an adapter was saved: what else belongs to one, such as a model card
+# that imports graftune, is known further up, and entered there.
+after_saving: list[Callable[[Path], None]] = []
 
 
 @dataclass
 class GraftConfig(PeftConfig):
     """The fields that every method of graftune has beside its own.
 
+    A method's class also says, in `about`, what the method does in one plain sentence that names
+    its paper, for model cards.
+
     Args:
         base_digest: the digest of the base model that the adapter belongs to
             (`graftune.adapters.digest.base_digest`); written when an adapter is attached, checked
             when it is loaded. Not meant to be set by hand.
+        regularizers: the regularizers that the adapter is trained with, as
+            `graftune.adapters.regularizers.record` writes them; the trainer uses them.
     """
+
+    about: ClassVar[str] = ""
 
     base_digest: str | None = field(
         default=None,
         metadata={
             "help": "Digest of the base model the adapter was trained on; set when it is attached."
         },
+    )
+
+    regularizers: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata={"help": "Regularizers the adapter is trained with, each with its name."},
     )
 
     def __post_init__(self) -> None:
@@ -31,3 +50,9 @@ class GraftConfig(PeftConfig):
         # are not saved.
         self.base_digest_is_fresh = False
         self.base_check = "warn"
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the config, which PEFT does last of all that makes an adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        for act in after_saving:
+            act(Path(save_directory))

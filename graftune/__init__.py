@@ -11,24 +11,44 @@ from typing import TYPE_CHECKING, Any
 
 from graftune.adapters import FloraConfig
 from graftune.adapters.checkpoint import AdapterMismatchError
+from graftune.adapters.regularizers import (
+    FrozenDistillation,
+    L2ToStart,
+    Regularization,
+    Regularizer,
+)
 from graftune.adapters.tuner import BaseModelMismatchError
 from graftune.load import load
 from graftune.recipes import Recipe, recipes
 from graftune.wrap import wrap
 
 if TYPE_CHECKING:
-    from graftune.integrations.objectives.class_names import ClassNameClassifier
-    from graftune.integrations.trainer import Trainer
+    from graftune.integrations.objectives import (
+        CausalLM,
+        ClassNameClassifier,
+        Denoising,
+        ImageClassifier,
+    )
+    from graftune.integrations.trainer import Trainer, TrainerMixin, last_checkpoint
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterMismatchError",
     "BaseModelMismatchError",
+    "CausalLM",
     "ClassNameClassifier",
+    "Denoising",
     "FloraConfig",
+    "FrozenDistillation",
+    "ImageClassifier",
+    "L2ToStart",
     "Recipe",
+    "Regularization",
+    "Regularizer",
     "Trainer",
+    "TrainerMixin",
+    "last_checkpoint",
     "load",
     "recipes",
     "wrap",
@@ -36,8 +56,13 @@ __all__ = [
 
 # Training pulls in much of transformers: only for those who train.
 _LAZY = {
+    "CausalLM": "graftune.integrations.objectives.causal_lm",
     "ClassNameClassifier": "graftune.integrations.objectives.class_names",
+    "Denoising": "graftune.integrations.objectives.denoising",
+    "ImageClassifier": "graftune.integrations.objectives.image_classes",
     "Trainer": "graftune.integrations.trainer",
+    "TrainerMixin": "graftune.integrations.trainer",
+    "last_checkpoint": "graftune.integrations.trainer",
 }
 
 

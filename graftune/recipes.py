@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftConfig
 
 from graftune.adapters.flora import FloraConfig
+from graftune.adapters.regularizers import Regularizer
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class Recipe:
         config_cls: the adapter's config class.
         paper: title, venue and identifier of the paper.
         defaults: config fields that the paper sets otherwise than the config class does.
+        regularizers: the regularizers that belong to it, with the paper's settings.
     """
 
     name: str
     config_cls: type[PeftConfig]
     paper: str
     defaults: dict[str, Any] = field(default_factory=dict)
+    regularizers: tuple[Regularizer, ...] = ()
 
 
 _RECIPES = {

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from graftune.adapters.messages import listing, nearest
+from graftune.adapters.regularizers import Regularizer, record
 from graftune.adapters.restore import untouched_on_error
 from graftune.integrations.families import default_targets, recognise
 from graftune.recipes import recipes
 
 # Fields that PEFT or graftune fill themselves.
-_NOT_FOR_USERS = frozenset({"peft_type", "peft_version", "auto_mapping", "base_digest"})
+_NOT_FOR_USERS = frozenset(
+    {"peft_type", "peft_version", "auto_mapping", "base_digest", "regularizers"}
+)
 
 
 def wrap(
@@ -23,6 +27,7 @@ def wrap(
     method: str | PeftConfig,
     *,
     adapter_name: str = "default",
+    regularizers: Sequence[Regularizer | Mapping[str, Any]] | None = None,
     **overrides: Any,
 ) -> PeftModel:
     """Attach an adapter to a pretrained model and return it as a PEFT model, ready to train.
@@ -38,6 +43,9 @@ def wrap(
         method: a recipe's name (`graftune.recipes()`) or any PEFT config, `LoraConfig` included;
             the config is copied.
         adapter_name: the name under which PEFT knows the adapter.
+        regularizers: what keeps the adapter honest, recorded in its config and used by
+            `graftune.Trainer`: objects such as `graftune.FrozenDistillation()`, or dicts with their
+            name and settings. None takes the recipe's or the config's own; an empty list none.
         **overrides: fields of the config.
 
     Returns:
@@ -57,6 +65,10 @@ def wrap(
         trainable params: 104 || all params: 384 || trainable%: 27.0833
     """
     config = _config(method, overrides)
+    if regularizers is None and isinstance(method, str):
+        regularizers = recipes()[method].regularizers
+    if regularizers is not None:
+        config = record(config, regularizers)
     if isinstance(model, PeftModel):
         return _add(model, config, adapter_name)
     if not isinstance(model, nn.Module):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,6 +111,10 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         """Return ΔW of one base tensor, computed in `dtype` or the adapter's own."""
         tensors = self.tensors(adapter, name) if adapter in self.scaling else None
         return None if tensors is None else dense_delta(*tensors, self.scaling[adapter], dtype)
+
+    def weight_changes(self, adapter: str) -> dict[str, Callable[[], Tensor | None]]:
+        """Return by base tensor what computes ΔW of an adapter with gradients."""
+        return {name: partial(self._delta, adapter, name) for name in self.adapted_names([adapter])}
 
     @torch.no_grad()
     def weighted_sum(

@@ -1,10 +1,9 @@
-"""The trainer: transformers' own, with an objective in place of the model's loss."""
+"""What the trainer does with an objective: the loss, the labels and the metrics are its own."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,41 +31,8 @@ def arguments(objective: nn.Module) -> list[str]:
     return list(inspect.signature(objective.forward).parameters)
 
 
-class Trainer(transformers.Trainer):
-    """Train an adapter by an objective, under Accelerate.
-
-    This is `transformers.Trainer`: arguments, data sets, callbacks, evaluation, checkpoints and
-    resuming are its own, and so is what `accelerate launch` offers. What differs:
-
-    - The loss is the objective's, which calls the model through all its wrappers (DDP, FSDP,
-      torch.compile, autocast). Labels are in the column "labels"; columns reach a data collator of
-      your own untouched; the objective's metrics are reported unless `compute_metrics` is given.
-    - Batch normalisations whose parameters are frozen stay in evaluation mode, so that the base
-      model's running statistics stay what they were. Dropout of the base model is active in
-      training, as with transformers.
-    - A loss that is not finite ends the training in one error; checkpoints stay as they are.
-    - Training arguments are saved as training_args.json instead of a pickle.
-
-    Args:
-        *args: those of `transformers.Trainer`; `model` is what `graftune.wrap` returned.
-        objective: a module without weights, called as `objective(model, **inputs)` with the
-            collated batch, which returns a dict with "logits" and, given "labels", "loss". If it
-            takes `num_items_in_batch`, it gets the number of labels in the accumulated batches of
-            all processes and divides its summed loss by that. None: the model's own loss.
-        **kwargs: those of `transformers.Trainer`.
-
-    Raises:
-        ValueError: nothing in the model is trainable, or the objective has trainable weights.
-        FloatingPointError: when training, the loss is not finite; names the step.
-
-    Example:
-        >>> model = graftune.wrap(clip, "flora")
-        >>> objective = graftune.ClassNameClassifier(class_names, processor)
-        >>> trainer = graftune.Trainer(model, TrainingArguments("out"), objective=objective,
-        ...                            train_dataset=data, data_collator=ImageCollator(processor))
-        >>> trainer.train()
-        >>> model.save_pretrained("my-adapter")
-    """
+class ObjectiveTrainer(transformers.Trainer):
+    """transformers' trainer with an objective in the place of the model's loss."""
 
     objective: nn.Module | None
 
@@ -153,36 +119,11 @@ class Trainer(transformers.Trainer):
             # Gradients are averaged over processes, but this loss is already divided by the labels
             # of all of them.
             loss = loss * self.accelerator.num_processes
-        return (loss, {"loss": loss, "logits": outputs["logits"]}) if return_outputs else loss
-
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """Do transformers' training step, and stop when its loss is not finite."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(self._not_finite(loss, inputs))
-        return loss
-
-    def _not_finite(self, loss: torch.Tensor, inputs: dict[str, Any]) -> str:
-        bad = [
-            name
-            for name, value in inputs.items()
-            if torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all()
-        ]
-        advice = (
-            f"the batch's {' and '.join(bad)} is not finite, look at the data"
-            if bad
-            else f"lower learning_rate (now {self._get_learning_rate():.3g}) or warm it up"
-        )
-        return (
-            f"the loss is {loss.item()} at step {self.state.global_step + 1} of "
-            f"{self.state.max_steps}, epoch {self.state.epoch or 0:.2f}: {advice}; the last "
-            f"checkpoint in {self.args.output_dir} is unharmed"
-        )
+        if not return_outputs:
+            return loss
+        # In evaluation whatever is beside the loss would be gathered as a prediction.
+        kept = outputs if model.training else {"logits": outputs["logits"]}
+        return loss, {**kept, "loss": loss}
 
     def prediction_step(
         self,
@@ -198,12 +139,3 @@ class Trainer(transformers.Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = self.objective(model, **self._prepare_inputs(inputs))["logits"]
         return None, None if prediction_loss_only else logits.detach(), None
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
-        if self.args.should_save and (folder / "training_args.bin").exists():
-            (folder / "training_args.bin").unlink()
-            (folder / "training_args.json").write_text(self.args.to_json_string())

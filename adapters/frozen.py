@@ -1,0 +1,57 @@
+"""The frozen model: the adapted model with its adapter switched off, never a second copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+@contextmanager
+def frozen_base(model: nn.Module) -> Iterator[None]:
+    """Let a model compute what its base model computes: adapter off, evaluation mode, no gradients.
+
+    Unlike PEFT's `disable_adapter` this leaves `requires_grad` alone, so that it can stand inside a
+    training step: under DistributedDataParallel, with parts of an adapter frozen on purpose, and in
+    compiled models. Evaluation mode keeps the base model's dropout out of what it is compared with,
+    and its random numbers out of the run's.
+
+    Args:
+        model: a model with adapters of any PEFT method, as it comes from DDP, FSDP or
+            torch.compile.
+
+    Example:
+        >>> with frozen_base(model):
+        ...     frozen_logits = model(**batch).logits
+    """
+    modules = list(model.modules())
+    training = [module for module in modules if module.training]
+    switched = [
+        module
+        for module in modules
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        and not module._disable_adapters
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for module in modules:
+            if isinstance(module, PeftModel) and module.active_peft_config.is_prompt_learning:
+                stack.enter_context(module.disable_adapter())
+        stack.callback(_set, switched, training)
+        for module in switched:
+            module._disable_adapters = True
+        for module in training:
+            module.training = False
+        yield
+
+
+def _set(switched: list[nn.Module], training: list[nn.Module]) -> None:
+    for module in switched:
+        module._disable_adapters = False  # type: ignore[assignment]
+    for module in training:
+        module.training = True

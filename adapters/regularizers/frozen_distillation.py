@@ -1,0 +1,98 @@
+"""Distillation from the frozen model: what the base model says of a batch stays said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .base import Need, Regularizer, Step
+from .functional import distillation, squared_distance
+
+
+@dataclass
+class FrozenDistillation(Regularizer):
+    """Keep what the adapted model computes near what its base model computes on the same batch.
+
+    λ · mean over positions of T² · KL(softmax(z₀/T) ‖ softmax(z/T)) of the logits (arXiv
+    1503.02531, section 2; towards the old model: Learning without Forgetting, arXiv 1606.09282), or
+    λ · the mean squared distance of the outputs or the features. The frozen model is the adapted
+    one with its adapter off (`graftune.adapters.frozen.frozen_base`).
+
+    Args:
+        weight: λ ≥ 0.
+        of: "logits" for class or token probabilities; "outputs" for the same tensor compared by its
+            values, as of a denoiser; "features" for every tensor that the objective returns as
+            features, such as CLIP's image and text features or a language model's hidden states.
+        temperature: T > 0, for "logits".
+
+    Raises:
+        ValueError: a setting is out of range; in training, the objective returns no logits or no
+            features.
+
+    Example:
+        >>> model = graftune.wrap(llm, "flora", regularizers=[FrozenDistillation(0.5)])
+    """
+
+    name: ClassVar[str] = "frozen_distillation"
+    weight: float = field(default=1.0, metadata={"help": "λ, the weight of the term."})
+    of: Literal["logits", "outputs", "features"] = field(
+        default="logits",
+        metadata={"help": "'logits' (KL), or 'outputs' or 'features' (squared distance)."},
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "T, by which logits are divided before the softmax."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise ValueError(f"`weight` must be at least 0, got {self.weight!r}")
+        if self.of not in ("logits", "outputs", "features"):
+            raise ValueError(f"`of` is 'logits', 'outputs' or 'features', got {self.of!r}")
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` must be greater than 0, got {self.temperature!r}")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The frozen model's outputs, and features where they are compared."""
+        return frozenset({Need.FROZEN} | ({Need.FEATURES} if self.of == "features" else set()))
+
+    def terms(self, step: Step) -> Mapping[str, Tensor]:
+        """Return the term: one for logits or outputs, one for each feature."""
+        assert step.frozen is not None
+        if self.of == "features":
+            features, frozen = _of(step.outputs, "features"), _of(step.frozen, "features")
+            return {
+                f"frozen_distillation_{name}": self.weight
+                * _mean(step, squared_distance(value, frozen[name]))
+                for name, value in features.items()
+            }
+        logits, frozen_logits = _of(step.outputs, "logits"), _of(step.frozen, "logits")
+        if self.of == "logits":
+            values = distillation(logits, frozen_logits, self.temperature)
+        else:
+            values = squared_distance(logits, frozen_logits)
+        return {"frozen_distillation": self.weight * _mean(step, values)}
+
+
+def _mean(step: Step, values: Tensor) -> Tensor:
+    """The mean over the positions that count, where these are positions of the values."""
+    mask = step.outputs.get("mask")
+    if mask is None or mask.shape != values.shape:
+        return values.mean()
+    return step.mean(values, mask)
+
+
+def _of(outputs: Mapping[str, Any], name: str) -> Any:
+    value = outputs.get(name)
+    if value is None or (torch.is_tensor(value) and not value.numel()):
+        raise ValueError(
+            f"FrozenDistillation needs {name!r}, and the objective returned only "
+            f"{sorted(key for key, v in outputs.items() if v is not None)}; see "
+            "graftune.integrations.objectives for what an objective returns, and switch off losses "
+            "that never compute them, such as fused or chunked cross entropy"
+        )
+    return value

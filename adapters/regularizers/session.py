@@ -1,0 +1,225 @@
+"""Regularizers at work: what they need is computed once, and their state is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from ..frozen import frozen_base
+from ..messages import listing
+from .base import Gradients, Need, Regularizer, Run, State, Step
+
+Forward = Callable[[], Mapping[str, Any]]
+
+
+class Regularization:
+    """A list of regularizers in one training run of one model, under any training loop.
+
+    Args:
+        model: the adapted model, before it is wrapped for several processes.
+        regularizers: in the order in which they act.
+
+    Raises:
+        ValueError: two regularizers of one name; each is recorded and resumed by its name.
+
+    Example:
+        >>> regularization = Regularization(model, [FrozenDistillation(0.5)])
+        >>> regularization.start(steps=100, epochs=2)
+        >>> for epoch in range(2):
+        ...     for batch in loader:
+        ...         outputs = regularization(objective, model, batch)
+        ...         accelerator.backward(outputs["loss"])
+        ...         regularization.transform_gradients()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        ...         regularization.step_end()
+        ...     regularization.epoch_end()
+        >>> regularization.end()
+    """
+
+    def __init__(self, model: nn.Module, regularizers: Sequence[Regularizer]) -> None:
+        names = [regularizer.name for regularizer in regularizers]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"more than one regularizer of the name {listing(twice)}")
+        self.model = model
+        self.regularizers = list(regularizers)
+        self.needs = frozenset().union(*(regularizer.needs for regularizer in regularizers))
+        self.epochs_done = 0
+        self._run = Run(model, steps=0, epochs=0)
+        self._term_gradients: dict[str, list[Tensor | None]] = {}
+
+    def check(self) -> None:
+        """Raise what the regularizers have against the model."""
+        for regularizer in self.regularizers:
+            regularizer.check(self.model)
+
+    # Along the run.
+
+    def start(self, steps: int, epochs: int) -> None:
+        """Start a run of so many optimizer steps and epochs; `load_state_dict` may follow."""
+        self.check()
+        self._run = Run(self.model, steps, epochs)
+        self.epochs_done = 0
+        for regularizer in self.regularizers:
+            regularizer.start(self._run)
+
+    def step_end(self) -> None:
+        """Say that an optimizer step has been made."""
+        for regularizer in self.regularizers:
+            regularizer.step_end(self._run)
+
+    def epoch_end(self) -> None:
+        """Say that an epoch is over."""
+        self.epochs_done += 1
+        for regularizer in self.regularizers:
+            regularizer.epoch_end(self._run, self.epochs_done)
+
+    def catch_up(self, epochs: int) -> None:
+        """Say that so many epochs are over, where that is not known yet.
+
+        A run that was resumed from the last step of an epoch has its weights and not its end.
+        """
+        while self.epochs_done < epochs:
+            self.epoch_end()
+
+    def end(self) -> None:
+        """Say that training is over: regularizers may put other weights into the adapter."""
+        for regularizer in self.regularizers:
+            regularizer.end(self._run)
+
+    # Losses.
+
+    def __call__(
+        self, objective: Any, model: nn.Module, batch: Mapping[str, Any], **options: Any
+    ) -> dict[str, Any]:
+        """Return the objective's outputs with the regularizers' terms in the loss.
+
+        Args:
+            objective: called as `objective(model, **batch)`; see
+                `graftune.integrations.objectives`.
+            model: the model as the training loop has it, wrapped or not.
+            batch: inputs.
+            **options: `items` and `share`, as `losses` takes them.
+        """
+        batch = objective.draw(batch) if hasattr(objective, "draw") else batch
+        keywords = {"features": True} if Need.FEATURES in self.needs else {}
+        if options.get("items") is not None:
+            keywords["num_items_in_batch"] = options["items"]
+
+        def forward() -> Mapping[str, Any]:
+            return objective(model, **batch, **keywords)
+
+        return self.losses(forward, batch=batch, **options)
+
+    def losses(
+        self,
+        adapted: Forward,
+        frozen: Forward | None = None,
+        *,
+        batch: Mapping[str, Any] | None = None,
+        items: Tensor | int | None = None,
+        share: float = 1.0,
+        gradient_scale: float = 1.0,
+    ) -> dict[str, Any]:
+        """Return the outputs of one forward pass with the regularizers' terms in the loss.
+
+        Args:
+            adapted: runs the adapted model and returns "loss" and what regularizers need.
+            frozen: runs the model on the same batch while its adapter is off; as `adapted` unless
+                given. Called only if a regularizer needs it, and once.
+            batch: the inputs.
+            items: by what the task's loss is divided, if not by the number of labels in this batch.
+            share: one over the number of accumulated batches, where gradients are added up.
+            gradient_scale: by what the loss will be multiplied before the backward pass.
+
+        Returns:
+            The adapted model's outputs, with "loss" the sum, "task_loss" the task's, and "terms"
+            the added terms by name, as they were added.
+        """
+        frozen_outputs = None
+        if Need.FROZEN in self.needs:
+            # First, so that its activations are gone before those of the adapted model are kept.
+            with frozen_base(self.model):
+                frozen_outputs = (frozen or adapted)()
+        outputs = adapted()
+        processes = distributed.get_world_size() if distributed.is_initialized() else 1
+        step = Step(self.model, outputs, frozen_outputs, batch or {}, items, processes, share)
+        terms = {
+            name: share * term
+            for regularizer in self.regularizers
+            for name, term in regularizer.terms(step).items()
+        }
+        if Need.TERM_GRADIENTS in self.needs:
+            self._keep_gradients(step, share * gradient_scale)
+        task_loss = outputs["loss"]
+        loss = task_loss + sum(terms.values()) if terms else task_loss
+        return {**outputs, "loss": loss, "task_loss": task_loss, "terms": terms}
+
+    # Gradients.
+
+    def _keep_gradients(self, step: Step, scale: float) -> None:
+        """Add up the gradients of the separate terms over accumulated batches."""
+        parameters = list(self._run_parameters().values())
+        for regularizer in self.regularizers:
+            for name, term in regularizer.separate_terms(step).items():
+                new = torch.autograd.grad(
+                    term * scale, parameters, retain_graph=True, allow_unused=True
+                )
+                kept = self._term_gradients.get(name)
+                self._term_gradients[name] = [
+                    b if a is None else a if b is None else a + b
+                    for a, b in zip(kept or [None] * len(new), new, strict=True)
+                ]
+
+    def transform_gradients(self) -> None:
+        """Let regularizers change the gradients of an optimizer step; call it before clipping."""
+        parameters = self._run_parameters()
+        for gradients in self._term_gradients.values():
+            _average_over_processes(gradients)
+        gradients = Gradients(
+            list(parameters), list(parameters.values()), dict(self._term_gradients)
+        )
+        for regularizer in self.regularizers:
+            regularizer.transform_gradients(gradients)
+        self._term_gradients = {}
+
+    def _run_parameters(self) -> dict[str, nn.Parameter]:
+        return Run(self.model, 0, 0).trained()
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the run, as `Accelerator.register_for_checkpointing` expects it."""
+        states = {regularizer.name: regularizer.state_dict() for regularizer in self.regularizers}
+        return {"epochs_done": self.epochs_done, "regularizers": states}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back a state, after `start`.
+
+        Raises:
+            ValueError: it belongs to other regularizers.
+        """
+        states: Mapping[str, State] = state["regularizers"]
+        own = [regularizer.name for regularizer in self.regularizers]
+        if list(states) != own:
+            raise ValueError(
+                f"the checkpoint was written with the regularizers {listing(states) or 'none'}, "
+                f"the run has {listing(own) or 'none'}; resume with the same ones, or start anew"
+            )
+        self.epochs_done = state["epochs_done"]
+        for regularizer in self.regularizers:
+            regularizer.load_state_dict(states[regularizer.name])
+
+
+def _average_over_processes(gradients: Sequence[Tensor | None]) -> None:
+    """Average gradients that were computed by autograd alone, as DDP averages those of the loss."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return
+    for gradient in gradients:
+        if gradient is not None:
+            distributed.all_reduce(gradient, distributed.ReduceOp.SUM)
+            gradient /= distributed.get_world_size()

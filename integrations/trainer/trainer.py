@@ -1,0 +1,86 @@
+"""The public trainer and its mixin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from graftune.integrations.trainer.checkpoints import WholeCheckpoints
+from graftune.integrations.trainer.finite import FiniteLoss
+from graftune.integrations.trainer.objective import ObjectiveTrainer
+from graftune.integrations.trainer.regularized import RegularizedTrainer
+
+
+class TrainerMixin(FiniteLoss, RegularizedTrainer, WholeCheckpoints):
+    """Everything that graftune adds to a trainer of transformers' or TRL's, objectives apart.
+
+    Regularizers (`regularizers=`, or those that the adapter's config records), checkpoints that are
+    whole or not there, an end in one line when the loss is not finite, and training arguments saved
+    as JSON instead of a pickle.
+
+    Args:
+        *args: the trainer's own.
+        regularizers: objects, or dicts with their name and settings. None takes those that the
+            adapter's config records; an empty list trains without.
+        **kwargs: the trainer's own.
+
+    Example:
+        >>> from trl import SFTTrainer
+        >>> class Regularized(graftune.TrainerMixin, SFTTrainer): ...
+        >>> Regularized(model, args=SFTConfig("out"), train_dataset=data,
+        ...             regularizers=[graftune.FrozenDistillation(0.5)]).train()
+    """
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        args = self.args  # type: ignore[attr-defined]
+        folder = Path(output_dir if output_dir is not None else str(args.output_dir))
+        if args.should_save and (folder / "training_args.bin").exists():
+            (folder / "training_args.bin").unlink()
+            (folder / "training_args.json").write_text(args.to_json_string())
+
+
+class Trainer(TrainerMixin, ObjectiveTrainer):
+    """Train an adapter by an objective, with regularizers, under Accelerate.
+
+    This is `transformers.Trainer`: arguments, data sets, callbacks, evaluation, checkpoints and
+    resuming are its own, and so is what `accelerate launch` offers. What differs:
+
+    - The loss is the objective's, which calls the model through all its wrappers (DDP, FSDP,
+      torch.compile, autocast). Labels are in the column "labels"; columns reach a data collator of
+      your own untouched; the objective's metrics are reported unless `compute_metrics` is given.
+    - Regularizers add terms to the loss and change gradients; `TrainerMixin` has the same for other
+      trainers. What they need of the frozen model is computed once a batch.
+    - Batch normalisations whose parameters are frozen stay in evaluation mode, so that the base
+      model's running statistics stay what they were. Dropout of the base model is active in
+      training, as with transformers.
+    - A loss that is not finite ends the training in one error; checkpoints stay as they are.
+    - A checkpoint is written aside and moved into place: it is whole or it is not there. A run that
+      is killed and resumed ends with the same adapter, bit for bit on a CPU.
+    - Training arguments are saved as training_args.json instead of a pickle.
+
+    Args:
+        *args: those of `transformers.Trainer`; `model` is what `graftune.wrap` returned.
+        objective: a module without weights, called as `objective(model, **inputs)` with the
+            collated batch, as `graftune.integrations.objectives` says. None: the model's own loss.
+        regularizers: objects, or dicts with their name and settings. None takes those that the
+            adapter's config records; an empty list trains without.
+        **kwargs: those of `transformers.Trainer`.
+
+    Raises:
+        ValueError: nothing in the model is trainable, the objective has trainable weights, or a
+            regularizer is unknown.
+        TypeError: a regularizer is not defined for the model.
+        FloatingPointError: when training, the loss is not finite; names the step and the batch.
+        CheckpointError: when training, a checkpoint could not be written; the last one is intact.
+
+    Example:
+        >>> model = graftune.wrap(clip, "flora", regularizers=[graftune.FrozenDistillation()])
+        >>> objective = graftune.ClassNameClassifier(class_names, processor)
+        >>> trainer = graftune.Trainer(model, TrainingArguments("out"), objective=objective,
+        ...                            train_dataset=data, data_collator=ImageCollator(processor))
+        >>> trainer.train()
+        >>> model.save_pretrained("my-adapter")
+    """
