@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from graftune.integrations.objectives import towers
-
-IGNORED = -100  # the label that PyTorch and transformers leave out of a loss
+from graftune.integrations.objectives.labels import (
+    IGNORED,
+    accuracies,
+    check_labels,
+    cross_entropy,
+)
 
 
 def clean_class_names(class_names: Sequence[str]) -> list[str]:
@@ -58,28 +62,6 @@ def clean_templates(template: str | Sequence[str]) -> list[str]:
                 "'a photo of a {}.'"
             )
     return templates
-
-
-def accuracies(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return the share of right answers, over pictures and averaged over classes.
-
-    `balanced_accuracy` is the mean over the classes that occur of the accuracy within each.
-
-    Args:
-        logits: (N, C), the highest is the answer.
-        labels: (N,) in 0..C-1; -100 is left out.
-
-    Example:
-        >>> accuracies(np.eye(2)[[0, 0, 0]], np.array([0, 0, 1]))
-        {'accuracy': 0.6666666666666666, 'balanced_accuracy': 0.5}
-    """
-    kept = labels != IGNORED
-    right = (logits.argmax(axis=-1) == labels)[kept].astype(float)
-    labels = labels[kept]
-    if not len(labels):
-        return {"accuracy": float("nan"), "balanced_accuracy": float("nan")}
-    by_class = [right[labels == label].mean() for label in np.unique(labels)]
-    return {"accuracy": float(right.mean()), "balanced_accuracy": float(np.mean(by_class))}
 
 
 class ClassNameClassifier(nn.Module):
@@ -143,8 +125,9 @@ class ClassNameClassifier(nn.Module):
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         class_features: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Return logits (B, C) and, when there are labels, the loss.
+        features: bool = False,
+    ) -> dict[str, Any]:
+        """Return logits (B, C), with labels the loss and the mask (B,), and features if asked for.
 
         Args:
             model: the model with two towers, as it comes from DDP, FSDP, torch.compile or PEFT.
@@ -154,19 +137,28 @@ class ClassNameClassifier(nn.Module):
                 accumulated batches and processes. Default: the number of labels in this batch.
             class_features: what `class_features(model)` returned, to leave out the text tower at
                 inference; it holds as long as neither the classes nor the model's weights change.
+            features: return the features as well, of length one: "image" (B, D) and "text"
+                (T·C, D) in the order of `texts()`, or the class features where these were given.
         """
+        result: dict[str, Any]
         if class_features is None:
-            logits = self._joint_logits(model, pixel_values)
+            tokens = self.tokens(model, pixel_values.device)
+            output = towers.joint_forward(model, tokens, pixel_values)
+            images, texts = output.image_features, output.text_features
+            result = {"logits": self._class_logits(output)}
         else:
-            images = towers.encode_images(model, pixel_values)
-            logits = towers.logits_of(model, images, class_features)
-        if labels is None:
-            return {"logits": logits}
-        self._check_labels(labels)
-        total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-        if num_items_in_batch is None:
-            num_items_in_batch = (labels != IGNORED).sum()
-        return {"loss": total / num_items_in_batch, "logits": logits}
+            images, texts = towers.encode_images(model, pixel_values), class_features
+            result = {"logits": towers.logits_of(model, images, texts)}
+        if features:
+            result["features"] = {"image": images, "text": texts}
+        if labels is not None:
+            self._check_labels(labels)
+            result |= cross_entropy(result["logits"], labels, num_items_in_batch)
+        return result
+
+    def items(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Return the number of labels in a batch."""
+        return (batch["labels"] != IGNORED).sum()
 
     @torch.no_grad()
     def class_features(self, model: nn.Module) -> torch.Tensor:
@@ -185,8 +177,7 @@ class ClassNameClassifier(nn.Module):
         """Return accuracy and class-balanced accuracy of logits (N, C) against labels (N,)."""
         return accuracies(predictions, labels)
 
-    def _joint_logits(self, model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-        output = towers.joint_forward(model, self.tokens(model, pixel_values.device), pixel_values)
+    def _class_logits(self, output: towers.JointOutput) -> torch.Tensor:
         if len(self.templates) == 1:
             return output.logits
         # The logits are linear in the text features: their mean over templates belongs to the mean
@@ -199,9 +190,5 @@ class ClassNameClassifier(nn.Module):
 
     def _check_labels(self, labels: torch.Tensor) -> None:
         count = len(self.class_names)
-        wrong = labels[((labels < 0) | (labels >= count)) & (labels != IGNORED)]
-        if wrong.numel():
-            raise ValueError(
-                f"label {wrong[0].item()} is out of range: there are {count} class names, so "
-                f"labels are 0 to {count - 1}; give class_names in the order of the labels"
-            )
+        there_are = f"there are {count} class names"
+        check_labels(labels, count, there_are, "give class_names in the order of the labels")

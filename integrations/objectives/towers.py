@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+
+from graftune.integrations.objectives.unwrap import base_of
 
 # Trained with texts padded to one length and no attention mask: padding is part of these models.
 _PADDED_TO_FULL_LENGTH = {"siglip", "siglip2"}
@@ -22,19 +22,15 @@ class JointOutput:
 
     Args:
         logits: the model's own image-by-text logits, (B, T).
+        image_features: image features of length one, (B, D).
         text_features: text features of length one, (T, D).
         logit_bias: what was added to every logit; None where the model has no bias.
     """
 
     logits: torch.Tensor
+    image_features: torch.Tensor
     text_features: torch.Tensor
     logit_bias: torch.Tensor | None
-
-
-def base_of(model: nn.Module) -> Any:
-    """Return the library's own model under DDP, FSDP, torch.compile and PEFT."""
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def is_transformers(base: nn.Module) -> bool:
@@ -114,7 +110,7 @@ def joint_forward(
     if is_transformers(base):
         output = model(pixel_values=pixel_values, **tokens)
         bias = getattr(base, "logit_bias", None)
-        return JointOutput(output.logits_per_image, output.text_embeds, bias)
+        return JointOutput(output.logits_per_image, output.image_embeds, output.text_embeds, bias)
     output = model(image=pixel_values, **tokens)
     if isinstance(output, dict):
         image, text = output["image_features"], output["text_features"]
@@ -122,7 +118,7 @@ def joint_forward(
     else:
         image, text, scale, bias = (*output, None)[:4]
     logits = scale * image @ text.T
-    return JointOutput(logits if bias is None else logits + bias, text, bias)
+    return JointOutput(logits if bias is None else logits + bias, image, text, bias)
 
 
 def encode_texts(model: nn.Module, tokens: Mapping[str, torch.Tensor]) -> torch.Tensor:

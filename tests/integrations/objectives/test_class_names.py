@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from graftune.integrations.objectives import towers
-from graftune.integrations.objectives.class_names import ClassNameClassifier, accuracies
+from graftune.integrations.objectives.class_names import ClassNameClassifier
+from graftune.integrations.objectives.labels import accuracies
 from support.clip import COLOURS, OpenClipTokenizer, clip, transformers_tokenizer
 from support.models import MODELS
 
@@ -104,6 +105,32 @@ def test_num_items_in_batch_divides_the_sum() -> None:
     torch.testing.assert_close(objective(model, pictures(), labels, 20)["loss"], mean / 4)
 
 
+@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("template", [TEMPLATES[:1], TEMPLATES], ids=["one", "two"])
+def test_features_have_length_one_and_make_the_logits(name: str, template: list[str]) -> None:
+    model, tokenizer = clip(name)
+    objective = ClassNameClassifier(NAMES, tokenizer, template)
+    with torch.no_grad():
+        output = objective(model, pictures(), features=True)
+        image, text = output["features"]["image"], output["features"]["text"]
+        assert torch.equal(output["logits"], objective(model, pictures())["logits"])
+        torch.testing.assert_close(image, towers.encode_images(model, pictures()))
+        for features in (image, text):
+            torch.testing.assert_close(features.norm(dim=-1), torch.ones(len(features)))
+        means = text.unflatten(0, (len(template), len(NAMES))).mean(0)
+        logits = towers.logits_of(model, image, F.normalize(means, dim=-1))
+    assert text.shape[0] == len(template) * len(NAMES)
+    torch.testing.assert_close(logits, output["logits"])
+
+
+def test_given_class_features_are_the_features_of_the_texts() -> None:
+    model, tokenizer = clip()
+    objective = ClassNameClassifier(NAMES, tokenizer, TEMPLATES)
+    given = objective.class_features(model)
+    output = objective(model, pictures(), class_features=given, features=True)
+    assert output["features"]["text"] is given
+
+
 def test_class_lists_are_swapped() -> None:
     model, tokenizer = clip()
     objective = ClassNameClassifier(NAMES, tokenizer, TEMPLATES)
@@ -119,13 +146,6 @@ def test_class_lists_are_swapped() -> None:
 
 def test_underscores_are_spaces() -> None:
     assert ClassNameClassifier(["light_grey"], None).texts() == ["a photo of a light grey."]
-
-
-def test_it_owns_nothing_that_is_trained_or_saved() -> None:
-    model, tokenizer = clip()
-    objective = ClassNameClassifier(NAMES, tokenizer)
-    objective(model, pictures())
-    assert not objective.state_dict()
 
 
 def test_accuracy_within_classes_is_averaged() -> None:

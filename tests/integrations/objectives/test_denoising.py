@@ -1,0 +1,212 @@
+"""The loss is the one that diffusers' training scripts compute, and noise is drawn once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DModel,
+)
+from peft import LoraConfig
+from torch import nn
+from torch.nn import functional as F
+
+import graftune
+from graftune import Denoising
+from support.models import MODELS
+
+SAMPLE = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+CONDITIONS = {
+    "diffusers-unet": {
+        "encoder_hidden_states": torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(1))
+    },
+    "diffusers-dit": {"class_labels": torch.arange(4)},
+    "unconditional": {},
+}
+
+
+def build(name: str) -> nn.Module:
+    if name != "unconditional":
+        return MODELS[name].build()
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+    ).eval()
+
+
+def case(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    return build(name), {"sample": SAMPLE, **CONDITIONS[name]}
+
+
+def target(scheduler: Any, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """Written out: ε, or √ᾱ ε − √(1 − ᾱ) x."""
+    if scheduler.config.prediction_type == "epsilon":
+        return noise
+    alpha = scheduler.alphas_cumprod[timesteps][:, None, None, None]
+    return alpha.sqrt() * noise - (1 - alpha).sqrt() * SAMPLE
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("scheduler_type", [DDPMScheduler, DDIMScheduler])
+def test_the_loss_is_that_of_the_training_scripts(
+    name: str, prediction_type: str, scheduler_type: Any
+) -> None:
+    model, given = case(name)
+    scheduler = scheduler_type(prediction_type=prediction_type)
+    objective = Denoising(scheduler)
+    batch = objective.draw(given)
+    noise, timesteps = batch["noise"], batch["timesteps"]
+    with torch.no_grad():
+        output = objective(model, **batch)
+        noised = scheduler.add_noise(SAMPLE, noise, timesteps)
+        own = model(noised, timesteps, **CONDITIONS[name]).sample
+    expected = F.mse_loss(own, target(scheduler, noise, timesteps))
+    torch.testing.assert_close(output["loss"], expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(output["logits"], own)
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_a_drawn_batch_gives_equal_outputs(name: str) -> None:
+    model, given = case(name)
+    objective = Denoising(DDPMScheduler())
+    with torch.no_grad():
+        undrawn = [objective(model, **given)["logits"] for _ in range(2)]
+        batch = objective.draw(given)
+        drawn = [objective(model, **batch)["logits"] for _ in range(2)]
+    assert not torch.equal(*undrawn)
+    assert torch.equal(*drawn)
+    again = objective.draw(batch)
+    assert again["noise"] is batch["noise"]
+    assert again["timesteps"] is batch["timesteps"]
+    assert "noise" not in given
+
+
+def test_the_adapted_and_the_frozen_model_see_the_same_noise() -> None:
+    base, given = case("diffusers-unet")
+    model = graftune.wrap(base, LoraConfig(r=2)).eval()  # starts as the base model
+    objective = Denoising(DDPMScheduler())
+    batch = objective.draw(given)
+    with torch.no_grad():
+        adapted = objective(model, **batch)["logits"]
+        with model.disable_adapter():
+            torch.testing.assert_close(objective(model, **batch)["logits"], adapted)
+
+
+def test_draws_follow_torchs_seed() -> None:
+    objective = Denoising(DDPMScheduler())
+    drawn = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        drawn.append(objective.draw({"sample": SAMPLE}))
+    assert torch.equal(drawn[0]["noise"], drawn[1]["noise"])
+    assert torch.equal(drawn[0]["timesteps"], drawn[1]["timesteps"])
+    assert not torch.equal(drawn[0]["noise"], drawn[2]["noise"])
+
+
+def test_timesteps_are_uniform_over_those_of_training() -> None:
+    objective = Denoising(DDPMScheduler(num_train_timesteps=5))
+    drawn = objective.draw({"sample": torch.zeros(5000, 1)})["timesteps"]
+    counts = torch.bincount(drawn, minlength=5)
+    assert len(counts) == 5
+    assert counts.min() > 850  # of 1000 each, with a standard deviation of 28
+
+
+def test_the_first_half_of_a_model_with_variances_counts() -> None:
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+        norm_num_groups=4,
+    ).eval()
+    objective = Denoising(DDPMScheduler())
+    batch = objective.draw({"sample": SAMPLE, **CONDITIONS["diffusers-dit"]})
+    with torch.no_grad():
+        output = objective(model, **batch)
+        noised = DDPMScheduler().add_noise(SAMPLE, batch["noise"], batch["timesteps"])
+        own = model(noised, batch["timesteps"], batch["class_labels"]).sample
+    assert own.shape[1] == 8
+    assert torch.equal(output["logits"], own[:, :4])
+    torch.testing.assert_close(output["loss"], F.mse_loss(own[:, :4], batch["noise"]))
+
+
+def test_half_precision_samples_are_noised_in_float32() -> None:
+    model = build("unconditional").to(torch.bfloat16)
+    seen: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    objective = Denoising(DDPMScheduler())
+    batch = objective.draw({"sample": SAMPLE.bfloat16()})
+    output = objective(model, **batch)
+    exact = DDPMScheduler().add_noise(
+        batch["sample"].float(), batch["noise"].float(), batch["timesteps"]
+    )
+    assert torch.equal(seen[0], exact.bfloat16())
+    assert output["loss"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["diffusers-unet", "unconditional"])
+def test_features_are_the_middle_blocks(name: str) -> None:
+    model, given = case(name)
+    seen: list[torch.Tensor] = []
+    model.mid_block.register_forward_hook(lambda module, args, output: seen.append(output))
+    output = Denoising(DDPMScheduler())(model, **given, features=True)
+    assert output["features"]["mid"] is seen[0]
+
+
+def test_features_of_a_model_without_a_middle_block_are_named() -> None:
+    model, given = case("diffusers-dit")
+    with pytest.raises(ValueError, match="DiTTransformer2DModel has no mid_block"):
+        Denoising(DDPMScheduler())(model, **given, features=True)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (DDPMScheduler(prediction_type="sample"), "'sample'; allowed are 'epsilon', 'v_predict"),
+        (FlowMatchEulerDiscreteScheduler(), "has the prediction type None; allowed are 'epsilon'"),
+        (None, "NoneType has the prediction type None"),
+        (EulerDiscreteScheduler(), r"EulerDiscreteScheduler is made for sampling.*from_config"),
+        (PNDMScheduler(), r"PNDMScheduler is made for sampling.*from_config"),
+        (DPMSolverMultistepScheduler(), r"DPMSolverMultistepScheduler is made for sampling"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_other_schedulers_are_named(scheduler: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Denoising(scheduler)
+
+
+@pytest.mark.parametrize("sampler", [EulerDiscreteScheduler, PNDMScheduler])
+def test_the_advised_scheduler_has_the_samplers_noise(sampler: Any) -> None:
+    given = sampler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = DDPMScheduler.from_config(given.config)
+    Denoising(scheduler)
+    torch.testing.assert_close(scheduler.alphas_cumprod, given.alphas_cumprod)
+
+
+def test_a_prediction_of_another_shape_is_named() -> None:
+    model, given = case("unconditional")
+    model.conv_out = nn.Conv2d(8, 3, 3, padding=1)
+    with pytest.raises(ValueError, match=r"has the shape \(4, 3, 8, 8\), the sample \(4, 4, 8, 8"):
+        Denoising(DDPMScheduler())(model, **given)
