@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ..config import GraftConfig
 from ..registration import add_peft_type
@@ -47,6 +47,13 @@ class FloraConfig(GraftConfig):
         >>> FloraConfig(r=[16, 16, 2, 2], scale=4.0, dropout=0.01, target_modules=["conv"]).r
         [16, 16, 2, 2]
     """
+
+    about: ClassVar[str] = (
+        "FLoRA adds to each weight a low-rank update that keeps the weight's own axes: a small "
+        "core with one factor for each axis, so that the kernel of a convolution is never "
+        "flattened into a matrix "
+        "([FLoRA: Low-Rank Core Space for N-dimension](https://arxiv.org/abs/2405.14739))."
+    )
 
     r: int | list[int] = field(
         default=8,
