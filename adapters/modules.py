@@ -19,6 +19,8 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         ['0']
     """
     for name, child in model.named_children():
+        if isinstance(child, BaseTunerLayer) and not hasattr(child, "base_layer"):
+            continue  # stands beside the base modules, around none of them
         base = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
         yield name, base
         for inner, module in base_modules(base):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -94,6 +96,16 @@ class GraftTuner(BaseTuner):
         )
         if isinstance(config, GraftConfig):
             self._enter_base_digest(model, config, adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT passes over `adapter_names` in silence where a method does not know them.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"`adapter_names` is not supported by {type(self).__name__}: its adapters act on a "
+                "whole batch. Run one batch for each adapter"
+            )
+        yield
 
     # Checks before anything is changed.
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from graftune.adapters import FloraConfig
+from graftune.adapters import DeepPromptConfig, FloraConfig
 from graftune.adapters.checkpoint import AdapterMismatchError
 from graftune.adapters.regularizers import (
     FrozenDistillation,
+    GaussianAveraging,
     L2ToStart,
     Regularization,
     Regularizer,
+    SelfRegulation,
 )
 from graftune.adapters.tuner import BaseModelMismatchError
 from graftune.load import load
@@ -38,14 +40,17 @@ __all__ = [
     "BaseModelMismatchError",
     "CausalLM",
     "ClassNameClassifier",
+    "DeepPromptConfig",
     "Denoising",
     "FloraConfig",
     "FrozenDistillation",
+    "GaussianAveraging",
     "ImageClassifier",
     "L2ToStart",
     "Recipe",
     "Regularization",
     "Regularizer",
+    "SelfRegulation",
     "Trainer",
     "TrainerMixin",
     "last_checkpoint",

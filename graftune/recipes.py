@@ -7,8 +7,9 @@ from typing import Any
 
 from peft import PeftConfig
 
+from graftune.adapters.deep_prompts import DeepPromptConfig
 from graftune.adapters.flora import FloraConfig
-from graftune.adapters.regularizers import Regularizer
+from graftune.adapters.regularizers import GaussianAveraging, Regularizer, SelfRegulation
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,13 @@ _RECIPES = {
             name="flora",
             config_cls=FloraConfig,
             paper="FLoRA: Low-Rank Core Space for N-dimension, arXiv 2405.14739",
+        ),
+        Recipe(
+            name="promptsrc",
+            config_cls=DeepPromptConfig,
+            paper="Self-regulating Prompts: Foundational Model Adaptation without Forgetting, "
+            "ICCV 2023, arXiv 2307.06948",
+            regularizers=(SelfRegulation(), GaussianAveraging(mean=15, std=1)),
         ),
     )
 }

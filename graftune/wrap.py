@@ -10,10 +10,12 @@ from typing import Any
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
+from graftune.adapters.deep_prompts import DeepPromptConfig
 from graftune.adapters.messages import listing, nearest
 from graftune.adapters.regularizers import Regularizer, record
 from graftune.adapters.restore import untouched_on_error
 from graftune.integrations.families import default_targets, recognise
+from graftune.integrations.prompts import fill_prompt_config
 from graftune.recipes import recipes
 
 # Fields that PEFT or graftune fill themselves.
@@ -28,6 +30,7 @@ def wrap(
     *,
     adapter_name: str = "default",
     regularizers: Sequence[Regularizer | Mapping[str, Any]] | None = None,
+    tokenizer: Any = None,
     **overrides: Any,
 ) -> PeftModel:
     """Attach an adapter to a pretrained model and return it as a PEFT model, ready to train.
@@ -46,6 +49,8 @@ def wrap(
         regularizers: what keeps the adapter honest, recorded in its config and used by
             `graftune.Trainer`: objects such as `graftune.FrozenDistillation()`, or dicts with their
             name and settings. None takes the recipe's or the config's own; an empty list none.
+        tokenizer: the model's tokenizer or processor, for methods that start from words; None
+            finds it by the model's name.
         **overrides: fields of the config.
 
     Returns:
@@ -70,18 +75,18 @@ def wrap(
     if regularizers is not None:
         config = record(config, regularizers)
     if isinstance(model, PeftModel):
-        return _add(model, config, adapter_name)
+        return _add(model, config, adapter_name, tokenizer)
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"a model to wrap must be a torch.nn.Module, got {type(model).__name__}. Of a "
             "diffusers pipeline wrap the part to adapt, for example `pipeline.unet`."
         )
-    _fill(config, model)
+    _fill(config, model, tokenizer)
     with untouched_on_error(model):
         return get_peft_model(model, config, adapter_name=adapter_name)
 
 
-def _add(model: PeftModel, config: PeftConfig, adapter_name: str) -> PeftModel:
+def _add(model: PeftModel, config: PeftConfig, adapter_name: str, tokenizer: Any) -> PeftModel:
     if adapter_name in model.peft_config:
         raise ValueError(
             f"the model already has an adapter {adapter_name!r}; it has "
@@ -94,7 +99,7 @@ def _add(model: PeftModel, config: PeftConfig, adapter_name: str) -> PeftModel:
             f"method a model, so {_value(config.peft_type)} cannot be added. Merge the first with "
             "`model.merge_and_unload()` or start from the base model."
         )
-    _fill(config, model.get_base_model())
+    _fill(config, model.get_base_model(), tokenizer)
     with untouched_on_error(model):
         model.add_adapter(adapter_name, config)
     return model
@@ -132,11 +137,14 @@ def _config(method: str | PeftConfig, overrides: dict[str, Any]) -> PeftConfig:
     return config_cls(**values)
 
 
-def _fill(config: Any, model: nn.Module) -> None:
+def _fill(config: Any, model: nn.Module, tokenizer: Any) -> None:
     """Fill in what the config leaves open for this model."""
     family = recognise(model)
     if config.task_type is None and family.task_type is not None:
         config.task_type = family.task_type
+    if isinstance(config, DeepPromptConfig):
+        fill_prompt_config(config, model, tokenizer)
+        return
     if getattr(config, "target_modules", "absent") is not None:
         return
     if getattr(config, "target_parameters", None):

@@ -41,4 +41,5 @@ class Linear(FloraWeight):
         return add_linear(result, x, core, first, second, self.scaling[adapter])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        """Say whether PEFT's LoRA on the same module does the same: `peft.convert_to_lora` asks."""
+        return self.has_branch and not self.weight_is_read

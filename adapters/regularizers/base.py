@@ -33,6 +33,8 @@ class Step:
         outputs: what the objective returned ("logits", "loss", "mask", "features").
         frozen: the same of the frozen model, without gradients; only if a regularizer needs it.
         batch: the inputs.
+        objective: what computed the outputs, as `graftune.integrations.objectives` says; None for a
+            model's own loss.
         items: number of labelled items over all accumulated batches and processes, where the task's
             loss is divided by that.
         processes: number of processes whose gradients are averaged.
@@ -44,6 +46,7 @@ class Step:
     outputs: Mapping[str, Any]
     frozen: Mapping[str, Any] | None = None
     batch: Mapping[str, Any] = field(default_factory=dict)
+    objective: Any = None
     items: Tensor | int | None = None
     processes: int = 1
     share: float = 1.0
@@ -69,6 +72,8 @@ class Step:
 @dataclass(frozen=True)
 class Gradients:
     """The gradients of one optimizer step, before clipping; a regularizer may change them in place.
+
+    Those of the loss itself, also where it is scaled for half precision.
 
     Args:
         names: names of the trained parameters.
@@ -119,6 +124,7 @@ class Regularizer:
     """
 
     name: ClassVar[str] = ""
+    reads_outputs: ClassVar[bool] = True  # False: its terms are of the weights alone
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..sharded import spread_like, whole
 from ..weights import weight_changes
 from .base import Regularizer, Run, State, Step
 
@@ -50,6 +51,7 @@ class L2ToStart(Regularizer):
     """
 
     name: ClassVar[str] = "l2_to_start"
+    reads_outputs: ClassVar[bool] = False
     weight: float = field(default=1e-3, metadata={"help": "λ, the weight of the term."})
     of: Literal["adapter", "merged"] = field(
         default="adapter",
@@ -64,7 +66,12 @@ class L2ToStart(Regularizer):
         self._starts: dict[str, Tensor] = {}
 
     def check(self, model: nn.Module) -> None:
-        """Raise TypeError when the method has no ΔW to measure."""
+        """Raise when the method has no ΔW to measure, or the weights are not here."""
+        if any(p.requires_grad and not p.numel() for p in model.parameters()):
+            raise ValueError(
+                "L2ToStart measures weights, and those of this process are empty (DeepSpeed ZeRO-3 "
+                "or FSDP 1); train with DDP, FSDP 2 or ZeRO-2"
+            )
         if self.of == "merged" and not list(weight_changes(model)):
             raise TypeError(
                 "L2ToStart(of='merged') needs an adapter that changes weights, and the active one "
@@ -94,7 +101,7 @@ class L2ToStart(Regularizer):
     def load_state_dict(self, state: State) -> None:
         """Take the weights at the start of the run, in the place of those at its resumption."""
         for name, start in self._starts.items():
-            self._starts[name] = state[name].to(start.device, start.dtype)
+            self._starts[name] = spread_like(state[name], start)
 
 
 def _half_square(change: Any) -> Tensor:
@@ -102,9 +109,4 @@ def _half_square(change: Any) -> Tensor:
 
 
 def _sum(values: Iterable[Tensor]) -> Tensor:
-    return torch.stack([_whole(value) for value in values]).sum()
-
-
-def _whole(value: Tensor) -> Tensor:
-    """The sum over all processes of a sharded tensor's sum."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    return torch.stack([whole(value) for value in values]).sum()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_map_only
 
 from ..frozen import frozen_base
 from ..messages import listing
+from ..sharded import is_sharded, whole
 from .base import Gradients, Need, Regularizer, Run, State, Step
 
 Forward = Callable[[], Mapping[str, Any]]
@@ -52,10 +55,22 @@ class Regularization:
         self._run = Run(model, steps=0, epochs=0)
         self._term_gradients: dict[str, list[Tensor | None]] = {}
 
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether any term is of the model's outputs, and not of its weights alone."""
+        return any(r.reads_outputs and _has_terms(r) for r in self.regularizers)
+
     def check(self) -> None:
         """Raise what the regularizers have against the model."""
         for regularizer in self.regularizers:
             regularizer.check(self.model)
+            if Need.TERM_GRADIENTS in regularizer.needs and any(
+                is_sharded(parameter) for parameter in self._run_parameters().values()
+            ):
+                raise ValueError(
+                    f"{regularizer.name!r} needs gradients of its own terms, which sharded "
+                    "parameters (FSDP) do not hand out; train with DDP or without it"
+                )
 
     # Along the run.
 
@@ -64,6 +79,7 @@ class Regularization:
         self.check()
         self._run = Run(self.model, steps, epochs)
         self.epochs_done = 0
+        self._term_gradients = {}
         for regularizer in self.regularizers:
             regularizer.start(self._run)
 
@@ -103,17 +119,22 @@ class Regularization:
                 `graftune.integrations.objectives`.
             model: the model as the training loop has it, wrapped or not.
             batch: inputs.
-            **options: `items` and `share`, as `losses` takes them.
+            **options: `items`, `share` and `gradient_scale`, as `losses` takes them.
         """
         batch = objective.draw(batch) if hasattr(objective, "draw") else batch
         keywords = {"features": True} if Need.FEATURES in self.needs else {}
         if options.get("items") is not None:
             keywords["num_items_in_batch"] = options["items"]
 
-        def forward() -> Mapping[str, Any]:
-            return objective(model, **batch, **keywords)
-
-        return self.losses(forward, batch=batch, **options)
+        # What of the frozen model never changes, an objective may keep.
+        frozen = getattr(objective, "frozen", objective)
+        return self.losses(
+            partial(objective, model, **batch, **keywords),
+            partial(frozen, model, **batch, **keywords),
+            batch=batch,
+            objective=objective,
+            **options,
+        )
 
     def losses(
         self,
@@ -121,6 +142,7 @@ class Regularization:
         frozen: Forward | None = None,
         *,
         batch: Mapping[str, Any] | None = None,
+        objective: Any = None,
         items: Tensor | int | None = None,
         share: float = 1.0,
         gradient_scale: float = 1.0,
@@ -132,6 +154,7 @@ class Regularization:
             frozen: runs the model on the same batch while its adapter is off; as `adapted` unless
                 given. Called only if a regularizer needs it, and once.
             batch: the inputs.
+            objective: what `adapted` calls, for regularizers that ask it for more.
             items: by what the task's loss is divided, if not by the number of labels in this batch.
             share: one over the number of accumulated batches, where gradients are added up.
             gradient_scale: by what the loss will be multiplied before the backward pass.
@@ -147,7 +170,9 @@ class Regularization:
                 frozen_outputs = (frozen or adapted)()
         outputs = adapted()
         processes = distributed.get_world_size() if distributed.is_initialized() else 1
-        step = Step(self.model, outputs, frozen_outputs, batch or {}, items, processes, share)
+        step = Step(
+            self.model, outputs, frozen_outputs, batch or {}, objective, items, processes, share
+        )
         terms = {
             name: share * term
             for regularizer in self.regularizers
@@ -175,17 +200,24 @@ class Regularization:
                     for a, b in zip(kept or [None] * len(new), new, strict=True)
                 ]
 
-    def transform_gradients(self) -> None:
-        """Let regularizers change the gradients of an optimizer step; call it before clipping."""
+    def transform_gradients(self, gradient_scale: float = 1.0) -> None:
+        """Let regularizers change the gradients of an optimizer step; call it before clipping.
+
+        Args:
+            gradient_scale: by what the loss was multiplied for half precision (a gradient scaler's
+                scale): regularizers see the gradients without it.
+        """
+        if not self.regularizers:
+            return
         parameters = self._run_parameters()
         for gradients in self._term_gradients.values():
-            _average_over_processes(gradients)
-        gradients = Gradients(
-            list(parameters), list(parameters.values()), dict(self._term_gradients)
-        )
+            _average_over_processes(gradients, list(parameters.values()))
+        given = Gradients(list(parameters), list(parameters.values()), dict(self._term_gradients))
+        _multiply(given, 1 / gradient_scale)
         for regularizer in self.regularizers:
-            regularizer.transform_gradients(gradients)
+            regularizer.transform_gradients(given)
         self._term_gradients = {}
+        _multiply(given, gradient_scale)
 
     def _run_parameters(self) -> dict[str, nn.Parameter]:
         return Run(self.model, 0, 0).trained()
@@ -195,6 +227,8 @@ class Regularization:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run, as `Accelerator.register_for_checkpointing` expects it."""
         states = {regularizer.name: regularizer.state_dict() for regularizer in self.regularizers}
+        # Whole tensors: every process calls this, and one may write them.
+        states = tree_map_only(torch.Tensor, whole, states)
         return {"epochs_done": self.epochs_done, "regularizers": states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -215,11 +249,32 @@ class Regularization:
             regularizer.load_state_dict(states[regularizer.name])
 
 
-def _average_over_processes(gradients: Sequence[Tensor | None]) -> None:
+def _has_terms(regularizer: Regularizer) -> bool:
+    own = type(regularizer)
+    return (own.terms, own.separate_terms) != (Regularizer.terms, Regularizer.separate_terms)
+
+
+def _average_over_processes(
+    gradients: list[Tensor | None], parameters: Sequence[nn.Parameter]
+) -> None:
     """Average gradients that were computed by autograd alone, as DDP averages those of the loss."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return
-    for gradient in gradients:
+    there = torch.tensor([g is not None for g in gradients], device=parameters[0].device).int()
+    distributed.all_reduce(there, distributed.ReduceOp.MAX)
+    for place, anywhere in enumerate(there.tolist()):
+        if anywhere:
+            # Another process may have used a parameter that this one's batch did not.
+            gradient = gradients[place]
+            mean = torch.zeros_like(parameters[place]) if gradient is None else gradient
+            distributed.all_reduce(mean, distributed.ReduceOp.SUM)
+            gradients[place] = mean / distributed.get_world_size()
+
+
+def _multiply(gradients: Gradients, factor: float) -> None:
+    if factor == 1:
+        return
+    of_task = [parameter.grad for parameter in gradients.parameters]
+    for gradient in (g for one in (of_task, *gradients.of_terms.values()) for g in one):
         if gradient is not None:
-            distributed.all_reduce(gradient, distributed.ReduceOp.SUM)
-            gradient /= distributed.get_world_size()
+            gradient.mul_(factor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,16 +10,18 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 _TENSOR = "tensor"
 
 
 def save_state(state: Mapping[str, Any], file: Path) -> None:
-    """Write a nested dict of tensors and of what JSON can say."""
-    tensors: dict[str, torch.Tensor] = {}
-    content = _without_tensors(state, "", tensors)
-    save_file(tensors, file, metadata={"state": json.dumps(content)})
+    """Write a nested state of tensors and of what JSON can say.
+
+    Raises:
+        TypeError: something in it is neither, or a name is not a string.
+    """
+    file.write_bytes(_to_bytes(state))
 
 
 def load_state(file: Path) -> dict[str, Any]:
@@ -28,19 +31,42 @@ def load_state(file: Path) -> dict[str, Any]:
         return _with_tensors(json.loads(opened.metadata()["state"]), tensors)
 
 
+def state_digest(state: Mapping[str, Any]) -> str:
+    """Return a digest by which processes tell whether their states are the same."""
+    return hashlib.sha256(_to_bytes(state)).hexdigest()
+
+
+def _to_bytes(state: Mapping[str, Any]) -> bytes:
+    tensors: dict[str, torch.Tensor] = {}
+    content = json.dumps(_without_tensors(state, "", tensors))
+    return save(tensors, metadata={"state": content})
+
+
 def _without_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Move tensors out of a nested dict, leaving the names they go by in the file."""
+    """Move tensors out of a nested state, leaving the names they go by in the file."""
     if torch.is_tensor(value):
-        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        name = f"{len(tensors)}{path}"
         # A clone: the file format refuses tensors that share memory.
-        tensors[path] = whole.detach().cpu().contiguous().clone()
-        return {_TENSOR: path}
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {_TENSOR: name}
     if isinstance(value, Mapping):
-        return {key: _without_tensors(v, f"{path}/{key}", tensors) for key, v in value.items()}
+        return {
+            _name(key): _without_tensors(v, f"{path}/{key}", tensors) for key, v in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
     return value
 
 
+def _name(key: Any) -> str:
+    if not isinstance(key, str):
+        raise TypeError(f"the state of a regularizer goes by strings, got the name {key!r}")
+    return key
+
+
 def _with_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_with_tensors(v, tensors) for v in value]
     if isinstance(value, dict):
         if set(value) == {_TENSOR}:
             return tensors[value[_TENSOR]]

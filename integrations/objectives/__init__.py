@@ -17,6 +17,8 @@ Methods that an objective may have:
 
 - `items(batch)`: how many items the loss of this batch sums over. Summed over accumulated batches
   and processes, it is `num_items_in_batch`.
+- `frozen(model, **batch)`: what a call returns while the model's adapter is off; it may keep what
+  does not change from batch to batch, as the features of class names do not.
 - `draw(batch)`: the batch with everything random added that it lacks, such as noise. Calls with one
   drawn batch, of the adapted and of the frozen model, see the same noise. It draws from torch's
   global generators, so that a resumed run draws what the uninterrupted one does.

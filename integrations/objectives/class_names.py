@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,56 +11,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from graftune.integrations.objectives import towers
+from graftune.integrations.objectives.class_cache import FeatureCache, is_whole, state_of
 from graftune.integrations.objectives.labels import (
     IGNORED,
     accuracies,
     check_labels,
     cross_entropy,
 )
-
-
-def clean_class_names(class_names: Sequence[str]) -> list[str]:
-    """Return class names with underscores as spaces, after checking that each is there once.
-
-    Raises:
-        ValueError: no names, an empty name, or a name given twice.
-        TypeError: one string instead of a list of them.
-    """
-    if isinstance(class_names, str):
-        raise TypeError(f"class_names is the string {class_names!r}; give a list of names")
-    names = [" ".join(str(name).replace("_", " ").split()) for name in class_names]
-    if not names:
-        raise ValueError("class_names is empty; give one name a class")
-    empty = [i for i, name in enumerate(names) if not name]
-    if empty:
-        raise ValueError(
-            f"class_names[{empty[0]}] is {class_names[empty[0]]!r}: a name needs words"
-        )
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(
-            f"class_names has {', '.join(map(repr, twice[:5]))} more than once (underscores count "
-            "as spaces); images of two classes with one name cannot be told apart"
-        )
-    return names
-
-
-def clean_templates(template: str | Sequence[str]) -> list[str]:
-    """Return the templates as a list, after checking that each has a place for the name.
-
-    Raises:
-        ValueError: no templates, or one without exactly one `{}`.
-    """
-    templates = [template] if isinstance(template, str) else list(template)
-    if not templates:
-        raise ValueError("template is empty; give at least one text with {} for the class name")
-    for text in templates:
-        if text.count("{}") != 1:
-            raise ValueError(
-                f"template {text!r} needs exactly one {{}} for the class name, as in "
-                "'a photo of a {}.'"
-            )
-    return templates
+from graftune.integrations.objectives.names import clean_class_names, clean_templates
+from graftune.integrations.objectives.unwrap import base_of
 
 
 class ClassNameClassifier(nn.Module):
@@ -72,6 +30,8 @@ class ClassNameClassifier(nn.Module):
     and bias b (CLIP, arXiv 2103.00020, section 3.1): with one template the logits are the model's
     own `logits_per_image`. With several, g(text_c) is the mean of the templates' features, scaled
     to length one. It owns no weights, and calls the model once, on all images and texts together.
+    In evaluation, and for the frozen model, the classes' features are computed once and kept until
+    the adapter, its state or the classes change.
 
     Args:
         class_names: C different names in the order of the labels; underscores count as spaces.
@@ -100,6 +60,7 @@ class ClassNameClassifier(nn.Module):
         self.templates = clean_templates(template)
         self.tokenizer = tokenizer
         self._tokens: dict[str, torch.Tensor] = {}
+        self._cache, self._frozen_cache = FeatureCache(), FeatureCache()
 
     def with_class_names(
         self, class_names: Sequence[str], template: str | Sequence[str] | None = None
@@ -135,12 +96,15 @@ class ClassNameClassifier(nn.Module):
             labels: (B,) in 0..C-1; -100 is left out of the loss.
             num_items_in_batch: by what the summed loss is divided: the number of labels over all
                 accumulated batches and processes. Default: the number of labels in this batch.
-            class_features: what `class_features(model)` returned, to leave out the text tower at
-                inference; it holds as long as neither the classes nor the model's weights change.
+            class_features: what `class_features(model)` returned, (C, D), or text features of all
+                templates, (T·C, D), to leave out the text tower at inference; they hold as long as
+                neither the classes nor the model's weights change.
             features: return the features as well, of length one: "image" (B, D) and "text"
                 (T·C, D) in the order of `texts()`, or the class features where these were given.
         """
         result: dict[str, Any]
+        if class_features is None:
+            class_features = self._kept_features(model)
         if class_features is None:
             tokens = self.tokens(model, pixel_values.device)
             output = towers.joint_forward(model, tokens, pixel_values)
@@ -148,7 +112,7 @@ class ClassNameClassifier(nn.Module):
             result = {"logits": self._class_logits(output)}
         else:
             images, texts = towers.encode_images(model, pixel_values), class_features
-            result = {"logits": towers.logits_of(model, images, texts)}
+            result = {"logits": self.logits(model, images, self.class_means(texts))}
         if features:
             result["features"] = {"image": images, "text": texts}
         if labels is not None:
@@ -160,22 +124,68 @@ class ClassNameClassifier(nn.Module):
         """Return the number of labels in a batch."""
         return (batch["labels"] != IGNORED).sum()
 
+    def frozen(self, model: nn.Module, **batch: Any) -> dict[str, Any]:
+        """Return the outputs of the frozen model, whose class features are computed once.
+
+        Args:
+            model: the model with its adapter off (`graftune.adapters.frozen.frozen_base`).
+            **batch: as for a call.
+        """
+        if not is_whole(model):
+            return self(model, **batch)
+        base = base_of(model)
+        features = self._frozen_cache.get(base, None, lambda: self._text_features(model))
+        return self(model, **batch, class_features=features)
+
     @torch.no_grad()
-    def class_features(self, model: nn.Module) -> torch.Tensor:
+    def class_features(
+        self,
+        model: nn.Module,
+        template: str | Sequence[str] | None = None,
+        of_length_one: bool = True,
+    ) -> torch.Tensor:
         """Return the features of the classes, of length one: (C, D).
+
+        Args:
+            model: the model, wrapped or not.
+            template: other templates than the objective's own.
+            of_length_one: bring each template's features to length one before their mean is taken.
 
         Example:
             >>> features = objective.class_features(model)
             >>> logits = objective(model, pixels, class_features=features)["logits"]
         """
+        other = self if template is None else self.with_class_names(self.class_names, template)
+        return other.class_means(other._text_features(model, of_length_one))
+
+    def _text_features(self, model: nn.Module, of_length_one: bool = True) -> torch.Tensor:
+        """The features of `texts()`, for inference: (T·C, D)."""
         tokens = self.tokens(model, next(model.parameters()).device)
-        features = towers.encode_texts(model, tokens)
-        means = features.unflatten(0, (len(self.templates), -1)).mean(0)  # (C, D)
+        return towers.encode_texts(model, tokens, normalize=of_length_one)
+
+    def class_means(self, text_features: torch.Tensor) -> torch.Tensor:
+        """Return the mean over templates of text features, of length one: (T·C, D) to (C, D)."""
+        if text_features.shape[0] == len(self.class_names):
+            return F.normalize(text_features, dim=-1)
+        means = text_features.unflatten(0, (len(self.templates), -1)).mean(0)
         return F.normalize(means, dim=-1)
+
+    def logits(
+        self, model: nn.Module, images: torch.Tensor, class_features: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the model's logits of features of length one: (B, D) and (C, D) to (B, C)."""
+        return towers.logits_of(model, images, class_features)
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Return accuracy and class-balanced accuracy of logits (N, C) against labels (N,)."""
         return accuracies(predictions, labels)
+
+    def _kept_features(self, model: nn.Module) -> torch.Tensor | None:
+        """The text features in evaluation; None in training, where they depend on the step."""
+        if model.training or torch.is_grad_enabled() or not is_whole(model):
+            return None
+        base = base_of(model)
+        return self._cache.get(base, state_of(base), lambda: self._text_features(model))
 
     def _class_logits(self, output: towers.JointOutput) -> torch.Tensor:
         if len(self.templates) == 1:

@@ -10,7 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from graftune.integrations.objectives.text_cut import cut_after_end
 from graftune.integrations.objectives.unwrap import base_of
+
+_TEXTS_AT_A_TIME = 512
 
 # Trained with texts padded to one length and no attention mask: padding is part of these models.
 _PADDED_TO_FULL_LENGTH = {"siglip", "siglip2"}
@@ -111,7 +114,8 @@ def joint_forward(
         output = model(pixel_values=pixel_values, **tokens)
         bias = getattr(base, "logit_bias", None)
         return JointOutput(output.logits_per_image, output.image_embeds, output.text_embeds, bias)
-    output = model(image=pixel_values, **tokens)
+    with cut_after_end(model, base, tokens["text"]):
+        output = model(image=pixel_values, **tokens)
     if isinstance(output, dict):
         image, text = output["image_features"], output["text_features"]
         scale, bias = output["logit_scale"], output.get("logit_bias")
@@ -121,14 +125,25 @@ def joint_forward(
     return JointOutput(logits if bias is None else logits + bias, image, text, bias)
 
 
-def encode_texts(model: nn.Module, tokens: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the features of T texts, of length one: (T, D). For inference: passes wrappers by."""
+def encode_texts(
+    model: nn.Module, tokens: Mapping[str, torch.Tensor], normalize: bool = True
+) -> torch.Tensor:
+    """Return the features of T texts, of length one unless asked otherwise: (T, D).
+
+    For inference: passes wrappers by, and takes a few hundred texts at a time.
+    """
     base = base_of(model)
-    if is_transformers(base):
-        features = base.get_text_features(**tokens)
-    else:
-        features = base.encode_text(tokens["text"])
-    return nn.functional.normalize(getattr(features, "pooler_output", features), dim=-1)
+    parts = []
+    for start in range(0, len(next(iter(tokens.values()))), _TEXTS_AT_A_TIME):
+        part = {k: v[start : start + _TEXTS_AT_A_TIME] for k, v in tokens.items()}
+        if is_transformers(base):
+            features = base.get_text_features(**part)
+        else:
+            with cut_after_end(model, base, part["text"]):
+                features = base.encode_text(part["text"])
+        parts.append(getattr(features, "pooler_output", features))
+    features = torch.cat(parts)
+    return nn.functional.normalize(features, dim=-1) if normalize else features
 
 
 def encode_images(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,8 @@ class MethodCase:
         name: the recipe's name.
         options: config fields, small enough for the test models.
         models: the model cases that the method is defined for.
+        prefix: what the names of its tensors begin with; its name and "_" unless given.
+        starts_as_base: whether a fresh adapter leaves the model's output as it is.
         merges: whether `merge_and_unload` is defined.
         merge_tolerance: largest difference between merged and unmerged outputs in float32,
             relative to the output's scale.
@@ -29,6 +31,8 @@ class MethodCase:
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     models: tuple[str, ...] = tuple(MODELS)
+    prefix: str = ""
+    starts_as_base: bool = True
     merges: bool = True
     merge_tolerance: float = 1e-5
 
@@ -46,7 +50,26 @@ class MethodCase:
         return self.wrap(model, adapter_name, init_weights=False, **overrides)
 
 
-METHODS = {case.name: case for case in (MethodCase(name="flora", options={"r": 3}),)}
+METHODS = {
+    case.name: case
+    for case in (
+        MethodCase(name="flora", options={"r": 3}),
+        MethodCase(
+            name="promptsrc",
+            options={
+                "num_tokens_text": 3,
+                "num_tokens_vision": 2,
+                "depth_text": 2,
+                "depth_vision": 1,
+                "init_text": None,
+            },
+            models=("transformers-clip", "transformers-siglip", "open_clip-vit"),
+            prefix="deep_prompt_",
+            starts_as_base=False,  # prompts are tokens of their own
+            merges=False,
+        ),
+    )
+}
 
 # (method, model) pairs, for pytest.mark.parametrize.
 PAIRS = [(method, model) for method in METHODS.values() for model in method.models]

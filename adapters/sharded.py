@@ -1,0 +1,29 @@
+"""Tensors that are spread over processes (torch's DTensor, as FSDP makes them)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor is spread over processes."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as it is, or gathered from all processes: all of them have to call this."""
+    sharded: Any = tensor
+    return sharded.full_tensor() if is_sharded(tensor) else tensor
+
+
+def spread_like(tensor: torch.Tensor, other: Any) -> torch.Tensor:
+    """Return a whole tensor with the device, the dtype and the spread of another one."""
+    moved = tensor.to(other.device, other.dtype)
+    if not is_sharded(other):
+        return moved
+    # Only where it is needed: importing it takes longer than all of graftune's adapters.
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(moved, other.device_mesh, other.placements)
