@@ -34,7 +34,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments
 
 import graftune
-from graftune.integrations.images import ImageCollator, few_shot, image_folder
+from graftune.integrations.data import (
+    ImageCollator,
+    Selection,
+    few_shot,
+    load_images,
+    open_image,
+    select_classes,
+    split_classes,
+)
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded" / "clip"
 TRAINED, OTHERS = "classes trained on", "classes never trained on"
@@ -50,7 +58,7 @@ class Options:
     """What to train on what."""
 
     model: str = option(str(EMBEDDED), "A CLIP or SigLIP of transformers: Hub id or folder.")
-    data: str | None = option(None, "A folder with one subfolder of pictures a class.")
+    data: str | None = option(None, "A folder with a subfolder a class, or a data set on the Hub.")
     method: str = option("flora", "A graftune recipe, or lora.")
     rank: int = option(8, "Rank of the adapter.")
     shots: int = option(16, "Training pictures a class.")
@@ -92,6 +100,7 @@ class Task:
 
     train: Dataset
     questions: list[Question] = field(default_factory=list)
+    selection: Selection | None = None  # what is trained on, where the pictures are the user's own
 
 
 def embedded_pictures(shots: int, seed: int, split: str) -> Task:
@@ -120,28 +129,23 @@ def embedded_pictures(shots: int, seed: int, split: str) -> Task:
     return Task(pictures(drawn.train.images, drawn.train.labels), questions)
 
 
-def own_pictures(folder: str, shots: int, seed: int) -> Task:
+def own_pictures(source: str, shots: int, seed: int) -> Task:
     """Train on a few pictures of half of the classes; ask about the other pictures, and classes."""
-    data = image_folder(folder)
+    data = load_images(source)
     names = data.features["label"].names
     if len(names) < 4:
-        raise ValueError(f"{folder} has {len(names)} classes; four are needed, two to train on")
-    order = np.random.default_rng(seed).permutation(len(names))
-    parts = []
-    for half in (order[::2], order[1::2]):
-        classes = [names[label] for label in sorted(half)]
-        rows = [row for row, label in enumerate(data["label"]) if names[label] in classes]
-        labels = [classes.index(names[data["label"][row]]) for row in rows]
-        part = data.select(rows).remove_columns("label").add_column("label", labels)
-        parts.append((part, classes))
-    (trained, trained_names), (other, other_names) = parts
+        raise ValueError(f"{source} has {len(names)} classes; four are needed, two to train on")
+    trained_names, other_names = split_classes(names, seed)
+    trained = select_classes(data, trained_names)
     chosen, rest = few_shot(trained["label"], shots, seed)
+    train = trained.select(chosen)
     return Task(
-        trained.select(chosen),
+        train,
         [
             Question(TRAINED, trained.select(rest), trained_names),
-            Question(OTHERS, other, other_names),
+            Question(OTHERS, select_classes(data, other_names), other_names),
         ],
+        Selection.of(train["row"], source, "train", seed, shots, trained_names),
     )
 
 
@@ -213,7 +217,7 @@ def draw(
         chosen = sorted(order, key=lambda index: not changed[index])[:columns]
         for axis, index in zip(row, chosen, strict=False):
             example = question.pictures[index]
-            axis.imshow(example["image"])
+            axis.imshow(open_image(example["image"]))
             axis.set_title(question.class_names[example["label"]], fontsize=9, fontweight="bold")
             for height, word, answer in ((-0.10, "before", old), (-0.22, "after", new)):
                 label = int(answer["predictions"][index])
@@ -272,6 +276,7 @@ def save(
         **dataclasses.asdict(options),
         **{k: getattr(trainer.args, k) for k in ("seed", "learning_rate", "max_steps")},
         "class_names": objective.class_names,
+        "trained_on": task.selection and dataclasses.asdict(task.selection),
         "device": str(trainer.args.device),
         "threads": torch.get_num_threads(),
         "versions": {m.__name__: m.__version__ for m in (graftune, torch, transformers)},

@@ -90,6 +90,9 @@ def test_own_model_and_pictures(
     assert "Loaded in a fresh process: 8 outputs equal bit for bit." in printed
     assert list(results["accuracies"]) == ["classes trained on", "classes never trained on"]
     assert results["max_steps"] == 3
+    trained_on = results["trained_on"]
+    assert (trained_on["rows"], trained_on["shots"], trained_on["seed"]) == (4, 2, 0)
+    assert len(trained_on["class_names"]) == 2
 
 
 @pytest.mark.slow
