@@ -1,0 +1,206 @@
+"""What the claims of the papers are measured with: variants of training on the embedded task.
+
+A variant is an adapter with regularizers. Its learning rate is chosen on the validation split of
+some seeds, by the harmonic mean of base and novel accuracy; what is reported is the test split of
+others. Every run's row is written as it is made, so that a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import nn
+from transformers import TrainingArguments, set_seed
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import graftune
+from embedded.model import load_clip
+from embedded.task import TEMPLATE, FewShotTask, features_of, few_shot_task
+from graftune.integrations.data.images import ImageCollator
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MEASURES = ("base", "novel", "harmonic mean", "kept")
+SEARCH_SEEDS = (100, 101)  # none of those that are reported
+Wrap = Callable[[nn.Module, Any], nn.Module]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of adapting the embedded CLIP.
+
+    Args:
+        name: what it is called in tables.
+        wrap: attaches the adapter, given the base model and its processor.
+        rates: learning rates to choose from.
+        of: the name of the variant whose rate it takes, instead of choosing one.
+    """
+
+    name: str
+    wrap: Wrap
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    of: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all variants share."""
+
+    shots: int = 16
+    epochs: int = 12
+    batch: int = 32
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    search_seeds: tuple[int, ...] = SEARCH_SEEDS
+
+
+@dataclass
+class Claim:
+    """A sentence about the measured numbers, and whether they bear it out."""
+
+    text: str
+    holds: bool
+    numbers: str = field(default="")
+
+
+def harmonic_mean(base: float, novel: float) -> float:
+    """Return 2bn / (b + n), 0 where either is 0."""
+    return 2 * base * novel / (base + novel) if base and novel else 0.0
+
+
+def scores(model: nn.Module, processor: Any, task: FewShotTask, split: str) -> dict[str, float]:
+    """Return base, novel, their harmonic mean and kept, in percent."""
+    found = task.score(*features_of(model.eval(), processor), split=split)
+    found["harmonic mean"] = harmonic_mean(found["base"], found["novel"])
+    return {name: found[name] for name in MEASURES}
+
+
+def rows_of(task: FewShotTask) -> list[dict[str, Any]]:
+    """The training pictures, as a data set."""
+    pairs = zip(task.train.images, task.train.labels.tolist(), strict=True)
+    return [{"image": Image.fromarray(image), "label": label} for image, label in pairs]
+
+
+def train(
+    variant: Variant, rate: float, seed: int, split: str, settings: Settings
+) -> dict[str, float]:
+    """Train a variant on a seed's task, and return its scores on a split of it."""
+    task = few_shot_task(seed=seed, shots=settings.shots)
+    base, processor = load_clip()
+    set_seed(seed)
+    model = variant.wrap(base, processor)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = graftune.Trainer(
+            model,
+            TrainingArguments(
+                folder,
+                learning_rate=rate,
+                num_train_epochs=settings.epochs,
+                per_device_train_batch_size=settings.batch,
+                lr_scheduler_type="cosine",
+                warmup_steps=0.1,
+                seed=seed,
+                use_cpu=True,
+                save_strategy="no",
+                report_to="none",
+                logging_strategy="no",
+                disable_tqdm=True,
+            ),
+            objective=graftune.ClassNameClassifier(list(task.base_classes), processor, TEMPLATE),
+            train_dataset=rows_of(task),
+            data_collator=ImageCollator(processor),
+        )
+        trainer.train()
+    found = scores(model, processor, task, split)
+    return {**found, "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+
+
+def zero_shot(seed: int, split: str, settings: Settings) -> dict[str, float]:
+    """Return the scores of the pretrained model on a seed's task."""
+    return scores(*load_clip(), few_shot_task(seed=seed, shots=settings.shots), split)
+
+
+def fill_in(variants: Sequence[Variant], results: Any, settings: Settings) -> None:
+    """Fill in the rows that are missing: the search, then the test split at the chosen rates."""
+    for seed in settings.seeds:
+        if not results.has(variant="zero-shot", seed=seed, split="test"):
+            found = zero_shot(seed, "test", settings)
+            results.add(
+                {"variant": "zero-shot", "rate": 0.0, "seed": seed, "split": "test", **found}
+            )
+    for variant in variants:
+        searched = (
+            [] if variant.of else [(r, s) for r in variant.rates for s in settings.search_seeds]
+        )
+        runs = [(rate, seed, "validation") for rate, seed in searched]
+        _fill(variant, runs, results, settings)
+        rate = chosen_rate(results.rows, variant.of or variant.name)
+        _fill(variant, [(rate, seed, "test") for seed in settings.seeds], results, settings)
+
+
+def _fill(
+    variant: Variant, runs: Sequence[tuple[float, int, str]], results: Any, settings: Settings
+) -> None:
+    for rate, seed, split in runs:
+        key = {"variant": variant.name, "rate": rate, "seed": seed, "split": split}
+        if not results.has(**key):
+            found = train(variant, rate, seed, split, settings)
+            results.add({**key, **found})
+            shown = ", ".join(f"{name} {found[name]:.1f}" for name in MEASURES)
+            print(f"{variant.name}, rate {rate:g}, seed {seed}, {split}: {shown}", flush=True)
+
+
+def chosen_rate(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    """Return the rate with the best mean harmonic mean on the validation split."""
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        if row["variant"] == name and row["split"] == "validation":
+            found.setdefault(row["rate"], []).append(row["harmonic mean"])
+    return max(found, key=lambda rate: statistics.mean(found[rate]))
+
+
+def test_scores(rows: Sequence[Mapping[str, Any]], name: str, measure: str) -> list[float]:
+    """Return a variant's scores on the test split, in the order of the seeds."""
+    kept = [row for row in rows if row["variant"] == name and row["split"] == "test"]
+    return [row[measure] for row in sorted(kept, key=lambda row: row["seed"])]
+
+
+def paired(rows: Sequence[Mapping[str, Any]], one: str, other: str, measure: str) -> list[float]:
+    """Return, seed by seed, by how much one variant is above another."""
+    pairs = zip(test_scores(rows, one, measure), test_scores(rows, other, measure), strict=True)
+    return [a - b for a, b in pairs]
+
+
+def difference(values: Sequence[float]) -> str:
+    """Return mean and standard error of paired differences, and in how many seeds they are up."""
+    error = statistics.stdev(values) / len(values) ** 0.5
+    up = sum(value > 0 for value in values)
+    return f"{statistics.mean(values):+.1f} ± {error:.1f}, up in {up} of {len(values)} seeds"
+
+
+def plot(rows: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) -> None:
+    """Draw every variant's means with standard deviations over the seeds."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(MEASURES), figsize=(4 * len(MEASURES), 0.4 * len(names) + 1.5)
+    )
+    for axis, measured in zip(axes, MEASURES, strict=True):
+        values = [test_scores(rows, name, measured) for name in names]
+        means = [statistics.mean(v) for v in values]
+        axis.barh(range(len(names)), means, xerr=[statistics.stdev(v) for v in values])
+        axis.set(title=f"{measured}, %", yticks=range(len(names)), yticklabels=names)
+        axis.invert_yaxis()
+    for axis in axes[1:]:
+        axis.set_yticklabels([])
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)

@@ -1,0 +1,161 @@
+"""The claims of PromptSRC on the embedded CLIP: what its prompts gain, and what keeps them honest.
+
+    python benchmarks/claims_promptsrc.py
+
+Claims, of the paper's tables 1 and 3 (arXiv 2307.06948) in the words of this benchmark:
+
+1. the same deep prompts without regularizers gain on base classes and lose on novel ones against
+   zero-shot;
+2. PromptSRC's novel accuracy is at least the unregularized prompts', and its harmonic mean is
+   the highest of zero-shot, deep prompts, LoRA, FLoRA and PromptSRC;
+3. each of its parts alone (text, image, logits, averaging) helps the harmonic mean.
+
+A claim that the numbers do not bear out is printed as not holding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from claims import (
+    MEASURES,
+    RESULTS,
+    Claim,
+    Settings,
+    Variant,
+    difference,
+    fill_in,
+    paired,
+    plot,
+    test_scores,
+)
+from peft import LoraConfig
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import graftune
+from embedded.results import Results
+
+RESULT = RESULTS / "claims_promptsrc.json"
+# The task's template has three words before the name; prompts in all blocks of both towers.
+PROMPTS = {"init_text": "a picture of", "num_tokens_text": 3, "depth_text": 3, "depth_vision": 5}
+DEEP, FULL = "deep prompts", "PromptSRC"
+
+
+def prompts(*regularizers: Any) -> Callable[[nn.Module, Any], nn.Module]:
+    """Attach deep prompts with regularizers."""
+
+    def wrap(base: nn.Module, processor: Any) -> nn.Module:
+        return graftune.wrap(
+            base, "promptsrc", tokenizer=processor, regularizers=regularizers, **PROMPTS
+        )
+
+    return wrap
+
+
+def averaging(epochs: int) -> graftune.GaussianAveraging:
+    """The paper's mean and width for 20 epochs, on as many as there are."""
+    return graftune.GaussianAveraging(mean=15 / 20 * epochs, std=1)
+
+
+def only(**weights: float) -> graftune.SelfRegulation:
+    """Self-regulation with all weights zero but those given."""
+    off = {"text_weight": 0.0, "image_weight": 0.0, "logits_weight": 0.0}
+    return graftune.SelfRegulation(**{**off, **weights})
+
+
+def variants(epochs: int) -> list[Variant]:
+    """All that is compared; parts and whole share the rate of the unregularized prompts."""
+    rates = (3e-3, 1e-2, 3e-2)
+    whole = graftune.SelfRegulation()
+    return [
+        Variant(DEEP, prompts(), rates),
+        Variant("LoRA", lambda base, _: graftune.wrap(base, LoraConfig(r=4)), (3e-4, 1e-3, 3e-3)),
+        Variant("FLoRA", lambda base, _: graftune.wrap(base, "flora", r=8), (1e-3, 3e-3, 1e-2)),
+        Variant(FULL, prompts(whole, averaging(epochs)), rates),
+        Variant("prompts + text", prompts(only(text_weight=25.0)), of=DEEP),
+        Variant("prompts + image", prompts(only(image_weight=10.0)), of=DEEP),
+        Variant("prompts + logits", prompts(only(logits_weight=1.0)), of=DEEP),
+        Variant("prompts + averaging", prompts(averaging(epochs)), of=DEEP),
+        Variant("prompts + self-regulation", prompts(whole), of=DEEP),
+    ]
+
+
+def claims(rows: Sequence[dict[str, Any]]) -> list[Claim]:
+    """The claims, judged by the means over the seeds."""
+
+    def change(one: str, other: str, measured: str) -> tuple[float, str]:
+        values = paired(rows, one, other, measured)
+        return statistics.mean(values), f"{measured} {difference(values)}"
+
+    base, base_text = change(DEEP, "zero-shot", "base")
+    novel, novel_text = change(DEEP, "zero-shot", "novel")
+    kept, kept_text = change(FULL, DEEP, "novel")
+    rivals = ("zero-shot", DEEP, "LoRA", "FLoRA", FULL)
+    means = {name: statistics.mean(test_scores(rows, name, "harmonic mean")) for name in rivals}
+    best = max(means, key=lambda name: means[name])
+    listed = ", ".join(f"{name} {mean:.1f}" for name, mean in means.items())
+    found = [
+        Claim("deep prompts gain on base classes against zero-shot", base > 0, base_text),
+        Claim("deep prompts lose on novel classes against zero-shot", novel < 0, novel_text),
+        Claim("PromptSRC's novel accuracy is at least the prompts'", kept >= 0, kept_text),
+        Claim("PromptSRC has the highest harmonic mean", best == FULL, listed),
+    ]
+    for part in ("text", "image", "logits", "averaging"):
+        helped, text = change(f"prompts + {part}", DEEP, "harmonic mean")
+        found.append(Claim(f"{part} alone helps", helped > 0, text))
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
+    """Means and standard deviations over the seeds."""
+    shown = Table("%", title="Test split, mean and standard deviation over the seeds")
+    for measured in MEASURES:
+        shown.add_column(measured, justify="right")
+    shown.add_column("trained", justify="right")
+    for name in names:
+        cells = []
+        for measured in MEASURES:
+            values = test_scores(rows, name, measured)
+            cells.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}")
+        trained = next((row.get("trained", 0) for row in rows if row["variant"] == name), 0)
+        shown.add_row(name, *cells, f"{trained:,.0f}")
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULT)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=Settings.epochs)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    settings = Settings(epochs=args.epochs, seeds=tuple(range(args.seeds)))
+    compared = variants(args.epochs)
+    results = Results(args.results, dataclasses.asdict(settings))
+    fill_in(compared, results, settings)
+
+    names = ["zero-shot", *(variant.name for variant in compared)]
+    judged = claims(results.rows)
+    console = Console(width=120)
+    console.print(table(results.rows, names))
+    for claim in judged:
+        verdict = "[green]holds[/]" if claim.holds else "[red]does not hold[/]"
+        console.print(f"{verdict}: {claim.text} ({claim.numbers})")
+    plot(results.rows, names, args.results.with_suffix(".png"))
+    content = json.loads(args.results.read_text(encoding="utf-8"))
+    content["claims"] = [dataclasses.asdict(claim) for claim in judged]
+    args.results.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
