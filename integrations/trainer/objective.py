@@ -62,6 +62,8 @@ class ObjectiveTrainer(transformers.Trainer):
         self.label_names = self.args.label_names or ["labels"]
         if self.compute_metrics is None and hasattr(objective, "metrics"):
             self.compute_metrics = self._objective_metrics
+            if hasattr(objective, "preprocess_logits_for_metrics"):
+                self.preprocess_logits_for_metrics = self._objective_preprocess
 
     def _keep_to_one_gpu_per_process(self) -> None:
         # nn.DataParallel would scatter the class texts over the GPUs as if they were images.
@@ -77,6 +79,25 @@ class ObjectiveTrainer(transformers.Trainer):
     def _objective_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         assert self.objective is not None
         return self.objective.metrics(prediction.predictions, prediction.label_ids)  # type: ignore[operator]
+
+    def _objective_preprocess(self, logits: torch.Tensor, labels: torch.Tensor | None) -> Any:
+        assert self.objective is not None
+        if labels is None:  # predictions, which no metric is computed of
+            return logits
+        return self.objective.preprocess_logits_for_metrics(logits, labels)  # type: ignore[operator]
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> torch.Tensor | int | None:
+        """Count what the objective's loss sums over; transformers counts by the model's class."""
+        counted = self.model_accepts_loss_kwargs and hasattr(self.objective, "items")
+        if not (counted and batch_samples):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        objective: Any = self.objective
+        items = torch.as_tensor(sum(map(objective.items, batch_samples)), device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            return self.accelerator.gather(items).sum()
+        return items
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -132,10 +153,10 @@ class ObjectiveTrainer(transformers.Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, Any, Any]:
-        """Return loss, logits and labels of a batch; without labels the logits alone."""
+        """Return loss, logits and labels of a batch, what there is of them."""
         labelled = all(inputs.get(name) is not None for name in self.label_names)
         if self.objective is None or labelled:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = self.objective(model, **self._prepare_inputs(inputs))["logits"]
-        return None, None if prediction_loss_only else logits.detach(), None
+            outputs = self.objective(model, **self._prepare_inputs(inputs))
+        return outputs.get("loss"), None if prediction_loss_only else outputs["logits"], None
