@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from graftune.adapters.regularizers import Need, Regularization, Regularizer, recorded, regularizer
-from graftune.adapters.regularizers.state_file import load_state, save_state
-
-logger = logging.getLogger(__name__)
+from graftune.adapters.regularizers.state_file import load_state, save_state, state_digest
+from graftune.integrations.trainer.base import SomeTrainer
+from graftune.integrations.trainer.limits import check_limits
+from graftune.integrations.trainer.outputs import named, seen_outputs
 
 STATE_FILE = "regularizers.safetensors"
 
@@ -31,7 +32,7 @@ def regularizers_of(model: nn.Module) -> list[Regularizer]:
     return recorded(model.active_peft_config) if isinstance(model, PeftModel) else []
 
 
-class RegularizedTrainer:
+class RegularizedTrainer(SomeTrainer):
     """Mixin for transformers' trainers and TRL's: trains with regularizers.
 
     Terms are added to whatever loss the trainer computes; each is logged by its name, beside
@@ -49,17 +50,23 @@ class RegularizedTrainer:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        model: nn.Module = self.model  # type: ignore[attr-defined]
+        model: Any = self.model
         if regularizers is None:
             chosen = regularizers_of(model)
         else:
             chosen = [regularizer(given) for given in regularizers]
+        check_limits(chosen, self)
         self.regularization = Regularization(model, chosen)
         self.regularization.check()
         self._terms: dict[str, Tensor] = {}  # sums since they were logged
         self._logged_at = 0
         self._resumed_from: str | None = None
-        self.add_callback(_Hooks(self))  # type: ignore[attr-defined]
+        self.add_callback(_Hooks(self))
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the trainer does."""
+        self._resumed_from = None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # Losses.
 
@@ -71,55 +78,77 @@ class RegularizedTrainer:
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the trainer's loss and, in training, the regularizers' terms added to it."""
-        compute = super().compute_loss  # type: ignore[misc]
+        compute = super().compute_loss
         if not (model.training and self.regularization.regularizers):
             return compute(model, inputs, return_outputs, num_items_in_batch)
-        objective = getattr(self, "objective", None)
-        if hasattr(objective, "draw"):
-            inputs = objective.draw(inputs)
-        if Need.FEATURES in self.regularization.needs:
-            inputs = {**inputs, "output_hidden_states" if objective is None else "features": True}
-        share = 1 / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        inputs = self._with_what_is_needed(inputs)
+        share = 1 / self.current_gradient_accumulation_steps
         # Else the trainer divides whatever loss it gets by the accumulated batches.
         counted = self._is_counted(num_items_in_batch)
         losses = self.regularization.losses(
             partial(self._adapted, compute, model, inputs, num_items_in_batch),
             partial(self._outputs, model, inputs),
             batch=inputs,
-            items=num_items_in_batch if counted and self._items_are_of_all() else None,
+            objective=self._objective,
+            items=self._items_of_all(num_items_in_batch) if counted else None,
             share=share if counted else 1.0,
             gradient_scale=self._gradient_scale() * (1.0 if counted else share),
         )
         self._note(losses, 1.0 if counted else share)
         return (losses["loss"], losses) if return_outputs else losses["loss"]
 
+    @property
+    def _objective(self) -> Any:
+        """The objective, or None where the loss is the model's or the trainer's own."""
+        return getattr(self, "objective", None)
+
+    def _with_what_is_needed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if hasattr(self._objective, "draw"):
+            inputs = self._objective.draw(inputs)
+        if Need.FEATURES not in self.regularization.needs:
+            return inputs
+        return {**inputs, "features" if self._objective else "output_hidden_states": True}
+
     def _adapted(
         self, compute: Any, model: nn.Module, inputs: dict[str, Any], items: Any
     ) -> dict[str, Any]:
         """The trainer's own loss with the outputs it came from."""
-        # A copy: trainers take labels out of their inputs.
-        loss, outputs = compute(model, dict(inputs), True, items)
-        return {**_named(outputs, inputs), "loss": loss}
+        # Copies: trainers take labels out of their inputs.
+        if not self.regularization.reads_outputs:
+            return {"loss": compute(model, dict(inputs), False, items)}
+        if self._objective is not None:
+            loss, outputs = compute(model, dict(inputs), True, items)
+            return {**outputs, "loss": loss}
+        with seen_outputs(model) as seen:
+            loss = compute(model, dict(inputs), False, items)
+        return {**self._named(seen.outputs, inputs), "loss": loss}
 
     def _outputs(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """The outputs without what the trainer does about its loss, for the frozen model."""
-        objective = getattr(self, "objective", None)
-        if objective is not None:
-            return objective(model, **inputs)
-        return _named(model(**{k: v for k, v in inputs.items() if k != "labels"}), inputs)
+        if self._objective is not None:
+            return getattr(self._objective, "frozen", self._objective)(model, **inputs)
+        without = {name: value for name, value in inputs.items() if name != "labels"}
+        return self._named(model(**without), inputs)
+
+    def _named(self, outputs: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        return named(outputs, inputs, shifted=getattr(self, "_loss_shifts_labels", False))
 
     def _is_counted(self, items: Tensor | int | None) -> bool:
         """Say whether the loss is divided by the items of all accumulated batches already."""
-        if items is None:
-            return False
-        compute_loss_func = getattr(self, "compute_loss_func", None)
-        return bool(self.model_accepts_loss_kwargs or compute_loss_func)  # type: ignore[attr-defined]
+        said = getattr(self, "loss_is_scaled_for_ga", None)
+        if said is not None:
+            return said
+        own_function = getattr(self, "compute_loss_func", None) is not None
+        return own_function or bool(self.model_accepts_loss_kwargs and items is not None)
 
-    def _items_are_of_all(self) -> bool:
-        return bool(self.args.average_tokens_across_devices)  # type: ignore[attr-defined]
+    def _items_of_all(self, items: Tensor | int | None) -> Tensor | int | None:
+        """The items over all processes, or as many as if all had as many as this one."""
+        if items is None or self.args.average_tokens_across_devices:
+            return items
+        return items * self.args.world_size
 
     def _gradient_scale(self) -> float:
-        scaler = getattr(self.accelerator, "scaler", None)  # type: ignore[attr-defined]
+        scaler = getattr(self.accelerator, "scaler", None)
         return scaler.get_scale() if scaler is not None else 1.0
 
     # Gradients.
@@ -131,9 +160,9 @@ class RegularizedTrainer:
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Do the trainer's step; let regularizers change gradients once they are whole."""
-        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
-            self.regularization.transform_gradients()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self.regularization.transform_gradients(self._gradient_scale())
         return loss
 
     # Logs.
@@ -146,39 +175,50 @@ class RegularizedTrainer:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log what the trainer logs, with the means of the terms since they were last logged."""
         if "loss" in logs and self._terms:
-            step = self.state.global_step  # type: ignore[attr-defined]
+            step = self.state.global_step
             steps = max(step - self._logged_at, 1)
             for name, total in self._terms.items():
-                mean = self.accelerator.gather(total.reshape(1)).mean()  # type: ignore[attr-defined]
+                mean = self.accelerator.gather(total.reshape(1)).mean()
                 logs[name] = round(mean.item() / steps, 6)
             self._terms, self._logged_at = {}, step
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     # State.
 
     def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        """Save the random numbers' state and the regularizers': both may differ by process."""
+        super()._save_rng_state(output_dir)
+        if not self.regularization.regularizers:
+            return
         state = self.regularization.state_dict()
-        if self.args.should_save and self.regularization.regularizers:  # type: ignore[attr-defined]
+        digest = state_digest(state)
+        if self.args.should_save:
             save_state(state, Path(output_dir, STATE_FILE))
+        if digest != gather_object([digest])[0]:
+            save_state(state, Path(output_dir, self._own_state_file()))
+
+    def _own_state_file(self) -> str:
+        return f"{Path(STATE_FILE).stem}_{self.args.process_index}.safetensors"
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        super()._load_optimizer_and_scheduler(checkpoint)
         self._resumed_from = checkpoint
 
     def _start(self, steps: int, epochs: int) -> None:
         """Start the regularizers, from a checkpoint if the run is resumed from one."""
         self.regularization.start(steps, epochs)
-        self._terms, self._logged_at = {}, self.state.global_step  # type: ignore[attr-defined]
+        self._terms, self._logged_at = {}, self.state.global_step
         if self._resumed_from is None or not self.regularization.regularizers:
             return
-        file = Path(self._resumed_from, STATE_FILE)
-        if not file.is_file():
+        folder = Path(self._resumed_from)
+        files = [folder / name for name in (self._own_state_file(), STATE_FILE)]
+        found = [file for file in files if file.is_file()]
+        if not found:
             raise ValueError(
-                f"{file.parent} was written without regularizers; resume with `regularizers=[]`, "
-                "or start anew"
+                f"{folder} was written without regularizers or with save_only_model=True; resume "
+                "with `regularizers=[]`, or start anew"
             )
-        self.regularization.load_state_dict(load_state(file))
+        self.regularization.load_state_dict(load_state(found[0]))
 
 
 class _Hooks(TrainerCallback):
@@ -197,30 +237,9 @@ class _Hooks(TrainerCallback):
         self._trainer.regularization.step_end()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.regularization.epoch_end()
+        # Not once more after resuming from a checkpoint of an epoch's end.
+        self._trainer.regularization.catch_up(math.ceil(state.epoch or 0))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.regularization.catch_up(int(state.epoch or 0))
         self._trainer.regularization.end()
-
-
-def _named(outputs: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What an objective would return, of what a transformers model returned."""
-    if isinstance(outputs, Mapping) and isinstance(outputs.get("features"), Mapping):
-        return dict(outputs)
-    named = dict(outputs) if isinstance(outputs, Mapping) else {"logits": outputs[-1]}
-    if named.get("hidden_states"):
-        named["features"] = {"hidden": named["hidden_states"][-1]}
-    if "mask" not in named and named.get("logits") is not None and "labels" in inputs:
-        named["mask"] = _mask(named["logits"], inputs["labels"])
-    return named
-
-
-def _mask(logits: Tensor, labels: Tensor) -> Tensor | None:
-    """The positions whose logits are trained: those before a label, in a language model."""
-    counts = labels != -100
-    if logits.ndim != 3:
-        return counts if logits.shape[:-1] == labels.shape else None
-    if logits.shape[:2] != labels.shape:
-        return None
-    return torch.cat([counts[:, 1:], torch.zeros_like(counts[:, :1])], dim=1)

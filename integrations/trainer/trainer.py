@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
+from graftune.integrations.hub import read_record, refresh_card
 from graftune.integrations.trainer.checkpoints import WholeCheckpoints
 from graftune.integrations.trainer.finite import FiniteLoss
 from graftune.integrations.trainer.objective import ObjectiveTrainer
+from graftune.integrations.trainer.recomputing import checkpointing
 from graftune.integrations.trainer.regularized import RegularizedTrainer
+from graftune.integrations.trainer.sharding import any_sharded, check_state, whole_state_dict
 
 
 class TrainerMixin(FiniteLoss, RegularizedTrainer, WholeCheckpoints):
@@ -31,11 +36,46 @@ class TrainerMixin(FiniteLoss, RegularizedTrainer, WholeCheckpoints):
         ...             regularizers=[graftune.FrozenDistillation(0.5)]).train()
     """
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers does; resuming and what it raises are those of `Trainer`."""
+        model: Any = self.model
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # An evaluation before training marks the model as prepared without wrapping it, and
+            # accelerate takes the mark's word: each of several processes would train by itself.
+            vars(model).pop("_is_accelerate_prepared", None)
+        with checkpointing(model, self.args):
+            return super().train(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter as transformers does; whole, also where it is sharded."""
+        model: Any = self.model
+        if not any_sharded(model):
+            super().save_model(output_dir, _internal_call)
+            return
+        # transformers gathers the base model as well, or with sharded states saves no adapter.
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write transformers' card of the run, with graftune's part above its text."""
+        folder = Path(str(self.args.output_dir))
+        record = read_record(folder)
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            refresh_card(folder, record)
+
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
-        args = self.args  # type: ignore[attr-defined]
+        args = self.args
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, PeftModel):
+            if any_sharded(model):
+                state_dict = whole_state_dict(model)
+            if args.should_save and state_dict is not None:
+                check_state(model, state_dict)
+        super()._save(output_dir, state_dict)
         folder = Path(output_dir if output_dir is not None else str(args.output_dir))
         if args.should_save and (folder / "training_args.bin").exists():
             (folder / "training_args.bin").unlink()

@@ -107,7 +107,8 @@ def test_every_hook_is_called_in_its_place(tmp_path: Path) -> None:
 def test_the_frozen_forward_is_done_once_for_all(tmp_path: Path) -> None:
     run = trainer(tmp_path, [Recorder(), graftune.FrozenDistillation()], max_steps=3)
     forwards = {True: 0, False: 0}
-    run.model.get_base_model().register_forward_hook(
+    # The frozen model's class features are computed once a run: what it sees are the pictures.
+    run.model.get_base_model().vision_model.register_forward_hook(
         lambda *_: forwards.__setitem__(
             torch.is_grad_enabled(), forwards[torch.is_grad_enabled()] + 1
         )

@@ -1,0 +1,46 @@
+"""What regularizers cannot do under some ways to train, said before training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from graftune.adapters.messages import listing
+from graftune.adapters.regularizers import Need, Regularizer
+from graftune.integrations.trainer.recomputing import is_reentrant
+
+
+def check_limits(regularizers: Sequence[Regularizer], trainer: Any) -> None:
+    """Raise what stands between regularizers and a trainer's way to train.
+
+    Raises:
+        ValueError: a regularizer needs gradients that DeepSpeed, FSDP or reentrant checkpointing do
+            not hand out, or parameters that FSDP 1 does not show.
+    """
+    changing = [r.name for r in regularizers if changes_gradients(r)]
+    separate = [r.name for r in regularizers if Need.TERM_GRADIENTS in r.needs]
+    if trainer.is_deepspeed_enabled and (changing or separate):
+        raise ValueError(
+            f"{listing(sorted({*changing, *separate}))} need gradients, which DeepSpeed keeps in "
+            "its engine; train with DDP or FSDP 2, or without them"
+        )
+    if trainer.is_fsdp_enabled and regularizers and not trainer.accelerator.is_fsdp2:
+        raise ValueError(
+            f"{listing(r.name for r in regularizers)} need the parameters, which FSDP 1 flattens; "
+            "set fsdp_version: 2 (fsdp_config={'version': 2})"
+        )
+    if trainer.is_fsdp_enabled and separate:
+        raise ValueError(
+            f"{listing(separate)} need gradients of their own terms, which FSDP does not hand out; "
+            "train with DDP or without them"
+        )
+    if separate and is_reentrant(trainer.args):
+        raise ValueError(
+            f"{listing(separate)} need gradients of their own terms, which reentrant checkpointing "
+            "does not allow; set activation_checkpointing_kwargs={'use_reentrant': False}"
+        )
+
+
+def changes_gradients(regularizer: Regularizer) -> bool:
+    """Say whether a regularizer has a gradient transform."""
+    return type(regularizer).transform_gradients is not Regularizer.transform_gradients

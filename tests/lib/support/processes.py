@@ -1,0 +1,86 @@
+"""Real processes that do not import everything anew: forked from one that has."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PRELOADED = ["torch", "transformers.trainer", "peft", "accelerate", "graftune.integrations.trainer"]
+
+
+def launch(function: Callable[..., None], *args: Any, processes: int = 1) -> list[int]:
+    """Call a function in processes of their own, as torchrun does, and return their exit codes.
+
+    When one of them fails or is killed, the others are. A negative code is the signal's number.
+
+    Args:
+        function: of a module that can be imported, called with `args`.
+        *args: what can be pickled.
+        processes: with more than one they find each other by the environment, as under torchrun.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    port = _free_port()
+    started = [
+        context.Process(target=_run, args=(rank, processes, port, function, args))
+        for rank in range(processes)
+    ]
+    for process in started:
+        process.start()
+    while any(process.is_alive() for process in started):
+        if any(process.exitcode for process in started):
+            for process in started:
+                process.kill()
+        time.sleep(0.02)
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.close()
+    return [code if code is not None else -1 for code in codes]
+
+
+def succeed(function: Callable[..., None], *args: Any, processes: int = 1) -> None:
+    """Call a function in processes of their own, all of which have to succeed."""
+    assert launch(function, *args, processes=processes) == [0] * processes
+
+
+def _run(rank: int, processes: int, port: int, function: Callable[..., None], args: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if processes > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    try:
+        function(*args)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        # Not through the interpreter's end, which waits for the other processes.
+        os._exit(1)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def output_of(folder: Path, rank: int = 0) -> Any:
+    """Where a process leaves what it found."""
+    return folder / f"found-{rank}.pt"
