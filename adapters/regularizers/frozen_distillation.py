@@ -64,11 +64,9 @@ class FrozenDistillation(Regularizer):
         """Return the term: one for logits or outputs, one for each feature."""
         assert step.frozen is not None
         if self.of == "features":
-            features, frozen = _of(step.outputs, "features"), _of(step.frozen, "features")
             return {
-                f"frozen_distillation_{name}": self.weight
-                * _mean(step, squared_distance(value, frozen[name]))
-                for name, value in features.items()
+                f"frozen_distillation_{name}": self.weight * mean
+                for name, mean in _feature_distances(step).items()
             }
         logits, frozen_logits = _of(step.outputs, "logits"), _of(step.frozen, "logits")
         if self.of == "logits":
@@ -76,6 +74,17 @@ class FrozenDistillation(Regularizer):
         else:
             values = squared_distance(logits, frozen_logits)
         return {"frozen_distillation": self.weight * _mean(step, values)}
+
+
+def _feature_distances(step: Step) -> dict[str, Tensor]:
+    assert step.frozen is not None
+    features, frozen = _of(step.outputs, "features"), _of(step.frozen, "features")
+    of_classes = getattr(step.objective, "features_of_classes", ())
+    distances = {name: squared_distance(value, frozen[name]) for name, value in features.items()}
+    return {
+        name: values.mean() if name in of_classes else _mean(step, values)
+        for name, values in distances.items()
+    }
 
 
 def _mean(step: Step, values: Tensor) -> Tensor:

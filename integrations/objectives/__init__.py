@@ -11,7 +11,8 @@ The protocol that the trainer and the regularizers rely on. An objective is call
   gradients of accumulated batches and of several processes add up to that of the whole.
 - "mask", where labels can be left out with -100: the positions that count, booleans over the
   leading axes of the logits.
-- "features", only if asked for by `features=True`: tensors by name.
+- "features", only if asked for by `features=True`: tensors by name, with the mask's axes first;
+  those that the objective names in `features_of_classes` have one row a class or text instead.
 
 Methods that an objective may have:
 

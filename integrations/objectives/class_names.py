@@ -49,6 +49,8 @@ class ClassNameClassifier(nn.Module):
         >>> other = objective.with_class_names(["red panda", "raccoon"])
     """
 
+    features_of_classes = ("text",)
+
     def __init__(
         self,
         class_names: Sequence[str],

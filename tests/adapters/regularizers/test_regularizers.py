@@ -124,6 +124,19 @@ def test_distillation_of_features_and_outputs() -> None:
     assert outputs["frozen_distillation"].item() == 3.0
 
 
+def test_features_of_classes_are_not_left_out_with_the_pictures_beside_them() -> None:
+    # As many classes as pictures, of which the second has no label that counts.
+    outputs = {
+        "mask": torch.tensor([True, False]),
+        "features": {"image": torch.tensor([[1.0], [3.0]]), "text": torch.tensor([[1.0], [3.0]])},
+    }
+    frozen = {"features": {"image": torch.zeros(2, 1), "text": torch.zeros(2, 1)}}
+    given = Step(nn.Linear(1, 1), outputs, frozen, objective=graftune.ClassNameClassifier)
+    terms = FrozenDistillation(of="features").terms(given)
+    assert terms["frozen_distillation_image"].item() == 1.0
+    assert terms["frozen_distillation_text"].item() == 5.0
+
+
 def test_missing_outputs_are_named() -> None:
     with pytest.raises(ValueError, match="needs 'logits', and the objective returned only"):
         FrozenDistillation().terms(step(nn.Linear(1, 1), loss=torch.ones(1), frozen={}))

@@ -153,6 +153,124 @@ def losses(run: Any) -> list[float]:
     return [row["loss"] for row in run.state.log_history if "loss" in row]
 
 
+# Runs to be split over processes.
+
+
+def sentences(count: int) -> list[dict[str, Tensor]]:
+    """Sentences of one length, of which more and more tokens are not to be predicted."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 60, (count, 8), generator=generator)
+    ignored = torch.arange(8)[None] < (torch.arange(count) * 5 % 8)[:, None]
+    labels = tokens.masked_fill(ignored, -100)
+    return [{"input_ids": t, "labels": y} for t, y in zip(tokens, labels, strict=True)]
+
+
+def pictures(count: int, classes: int) -> list[dict[str, Any]]:
+    """Noisy pictures, some of them without a label that counts."""
+    labels = [index % classes if index % 3 else -100 for index in range(count)]
+    return [{**row, "labels": y} for row, y in zip(colours(count), labels, strict=True)]
+
+
+def _class_names() -> Any:
+    return graftune.ClassNameClassifier(list(COLOURS), clip()[1])
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of training: a model, an objective or its own loss, data, regularizers."""
+
+    model: str
+    objective: Any
+    rows: Any
+    regularizers: Any = list
+    accumulated: int = 1
+    method: str = "flora"
+
+
+CASES = {
+    "class names": Case("transformers-clip", _class_names, lambda: colours(16)),
+    "class names, regularized, labels missing": Case(
+        "transformers-clip",
+        _class_names,
+        lambda: pictures(16, 4),
+        lambda: [
+            graftune.FrozenDistillation(2.0, of="features"),
+            graftune.L2ToStart(0.1),
+            Opposing(),
+        ],
+    ),
+    "class names, LoRA, accumulated": Case(
+        "transformers-clip",
+        _class_names,
+        lambda: pictures(16, 4),
+        lambda: [graftune.FrozenDistillation(2.0), graftune.L2ToStart(0.01, of="merged")],
+        accumulated=2,
+        method="lora",
+    ),
+    "causal LM, regularized": Case(
+        "transformers-llama",
+        graftune.CausalLM,
+        lambda: sentences(16),
+        lambda: [graftune.FrozenDistillation(2.0), graftune.L2ToStart(0.1, of="merged")],
+    ),
+    "causal LM, own loss, accumulated": Case(
+        "transformers-llama",
+        lambda: None,
+        lambda: sentences(16),
+        lambda: [
+            graftune.FrozenDistillation(2.0, of="features"),
+            graftune.L2ToStart(0.1),
+            Opposing(),
+        ],
+        accumulated=2,
+    ),
+    "image classification, regularized": Case(
+        "transformers-vit",
+        graftune.ImageClassifier,
+        lambda: pictures(16, 5),
+        lambda: [graftune.FrozenDistillation(2.0), Opposing()],
+        accumulated=2,
+    ),
+}
+
+
+def case_run(name: str, folder: Path, **overrides: Any) -> graftune.Trainer:
+    """A run of eight rows a step, of however many processes, by gradient descent.
+
+    Weights then differ as gradients do; Adam would make much of the sign of what is nearly zero.
+    """
+    case = CASES[name]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return graftune.Trainer(
+        adapted(case.method, case.model, dropout=0.0),
+        arguments(
+            folder,
+            **{
+                "per_device_train_batch_size": 8 // processes // case.accumulated,
+                "gradient_accumulation_steps": case.accumulated,
+                "optim": "sgd",
+                "learning_rate": 0.1,
+                **overrides,
+            },
+        ),
+        objective=case.objective(),
+        train_dataset=case.rows(),
+        regularizers=case.regularizers(),
+    )
+
+
+def split_runs(folder: Path) -> None:
+    """Do every run and leave its losses and the weights that this process ended with."""
+    found = {}
+    for name in CASES:
+        run = case_run(name, folder)
+        run.train()
+        logged = [key for key in run.state.log_history[0] if key not in ("epoch", "step")]
+        rows = [[row[key] for key in logged] for row in run.state.log_history[:-1]]
+        found[name] = {"logged": logged, "rows": rows, "weights": weights(run)}
+    torch.save(found, folder / f"found-{os.environ.get('RANK', '0')}.pt")
+
+
 class Killer(TrainerCallback):
     """Kills its process, as the system does when memory is short, at one place of a run."""
 
