@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -64,19 +67,30 @@ def read_config(folder: Path) -> PeftConfig:
     return note(config, values) if values else config
 
 
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Read the header of a safetensors file and check that its numbers are there and finite.
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file as `safetensors.safe_open` does.
 
     Raises:
-        ValueError: the file is truncated, corrupt or empty, or holds NaN or infinity.
+        ValueError: the file is truncated or corrupt.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except SafetensorError as error:
         raise ValueError(
             f"{str(path)!r} is truncated or corrupt ({error}). Download or copy it again."
         ) from error
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of a file's tensors and check that their numbers are there and finite.
+
+    Raises:
+        ValueError: the file is truncated, corrupt or empty, or holds NaN or infinity.
+    """
+    with open_tensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if not any(tensor.numel() for tensor in tensors.values()):
         raise ValueError(
             f"{str(path)!r} is an empty adapter: it holds no numbers. It was probably saved from "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -50,8 +51,8 @@ def frozen_base(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _set(switched: list[nn.Module], training: list[nn.Module]) -> None:
+def _set(switched: Sequence[Any], training: Sequence[nn.Module]) -> None:
     for module in switched:
-        module._disable_adapters = False  # type: ignore[assignment]
+        module._disable_adapters = False
     for module in training:
         module.training = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -37,7 +38,7 @@ def weight_changes(model: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]
                 yield f"{name}.{weight}", change
 
 
-def _changes(name: str, layer: BaseTunerLayer, adapter: str) -> dict[str, Callable[[], Tensor]]:
+def _changes(name: str, layer: Any, adapter: str) -> dict[str, Callable[[], Tensor]]:
     own = getattr(layer, "weight_changes", None)
     if own is not None:
         return own(adapter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import takewhile
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -28,7 +28,7 @@ class DeepPromptModel(GraftTuner):
 
     prefix = "deep_prompt_"
     tuner_layer_cls = DeepPromptLayer
-    target_module_mapping: ClassVar[dict[str, Any]] = {}
+    target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 (as PEFT declares it)
 
     @classmethod
     def adapter_shapes(
@@ -76,7 +76,7 @@ class DeepPromptModel(GraftTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
         is_text, name = _tower(peft_config, current_key)
         blocks = _blocks(target, name)
@@ -90,14 +90,20 @@ class DeepPromptModel(GraftTuner):
         shape = self.adapter_shapes(peft_config, current_key, target)
         tokens = _initial(peft_config, *shape.values())
         if is_text and peft_config.init_token_ids is not None and peft_config.init_weights:
-            embedding: Any = self.model.get_submodule(peft_config.text_embedding)
+            embedding = self.model.get_submodule(peft_config.text_embedding)
             _start_as_words(tokens, embedding, peft_config.init_token_ids)
         layer.update_layer(adapter_name, tokens, peft_config.inference_mode)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(NO_MERGE)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
         if merge:
             self._check_merge_allowed()
         for module in list(self.model.modules()):
@@ -105,7 +111,8 @@ class DeepPromptModel(GraftTuner):
             if isinstance(layer, DeepPromptLayer):
                 layer.unhook()
                 del module._modules[CHILD]
-        return super()._unload_and_optionally_merge(merge=False, **kwargs)
+        unload: Any = super()._unload_and_optionally_merge
+        return unload(False, progressbar)
 
 
 def _tower(config: DeepPromptConfig, key: str) -> tuple[bool, str]:
@@ -140,10 +147,10 @@ def _initial(config: DeepPromptConfig, shape: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def _start_as_words(tokens: Tensor, embedding: nn.Module, ids: list[int]) -> None:
+def _start_as_words(tokens: Tensor, embedding: Any, ids: list[int]) -> None:
     """Put the embeddings of words into the first block's prompts."""
     base = embedding.get_base_layer() if isinstance(embedding, BaseTunerLayer) else embedding
-    words = base.weight[torch.tensor(ids, device=base.weight.device)]  # type: ignore[index]
+    words = base.weight[torch.tensor(ids, device=base.weight.device)]
     tokens[0] = words.to(tokens.device, tokens.dtype)
 
 

@@ -61,7 +61,7 @@ def _with_field(config: PeftConfig) -> PeftConfig:
 
 
 @cache
-def _recording(config_cls: type[PeftConfig]) -> type[PeftConfig]:
+def _recording(config_cls: Any) -> type[PeftConfig]:
     """Return a subclass of a config class with a field for regularizers."""
     return dataclasses.make_dataclass(
         f"Recording{config_cls.__name__}",

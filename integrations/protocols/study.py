@@ -74,7 +74,7 @@ class Study:
     def accuracy(self, trainer: Trainer, data: Dataset) -> float:
         """Return the accuracy in percent on a data set, among its own classes."""
         trainer.objective = self.objective(data.features["label"].names)
-        return 100 * trainer.evaluate(data)["eval_accuracy"]  # type: ignore[arg-type]
+        return 100 * trainer.evaluate(data)["eval_accuracy"]
 
 
 @dataclass
