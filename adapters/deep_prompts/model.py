@@ -149,7 +149,7 @@ def _initial(config: DeepPromptConfig, shape: tuple[int, ...]) -> Tensor:
 @torch.no_grad()
 def _start_as_words(tokens: Tensor, embedding: Any, ids: list[int]) -> None:
     """Put the embeddings of words into the first block's prompts."""
-    base = embedding.get_base_layer() if isinstance(embedding, BaseTunerLayer) else embedding
+    base: Any = embedding.get_base_layer() if isinstance(embedding, BaseTunerLayer) else embedding
     words = base.weight[torch.tensor(ids, device=base.weight.device)]
     tokens[0] = words.to(tokens.device, tokens.dtype)
 

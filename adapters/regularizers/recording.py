@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from peft import PeftConfig
@@ -60,9 +59,17 @@ def _with_field(config: PeftConfig) -> PeftConfig:
     return instance
 
 
-@cache
-def _recording(config_cls: Any) -> type[PeftConfig]:
-    """Return a subclass of a config class with a field for regularizers."""
+_CLASSES: dict[type[PeftConfig], type[PeftConfig]] = {}
+
+
+def _recording(config_cls: type[PeftConfig]) -> type[PeftConfig]:
+    """Return the subclass of a config class with a field for regularizers."""
+    if config_cls not in _CLASSES:
+        _CLASSES[config_cls] = _made(config_cls)
+    return _CLASSES[config_cls]
+
+
+def _made(config_cls: type[PeftConfig]) -> type[PeftConfig]:
     return dataclasses.make_dataclass(
         f"Recording{config_cls.__name__}",
         [(FIELD, "list[dict] | None", dataclasses.field(default=None))],
