@@ -24,13 +24,14 @@ peft-conformance: $(INSTALLED)  ## PEFT's own tests on graftune's methods
 	$(BIN)/python tests/conformance/run.py
 
 # The type checker reads the packages under the names they are installed under.
-check: $(INSTALLED)  ## lint, format, types
+check: $(INSTALLED)  ## lint, format, types, the documentation's links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/typed && mkdir -p build/typed/graftune
-	cp graftune/*.py graftune/py.typed build/typed/graftune/
+	cp -r graftune/. build/typed/graftune/
 	cp -r adapters integrations build/typed/graftune/
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p graftune
+	$(BIN)/mkdocs build --strict --quiet
 
 format: $(INSTALLED)  ## let ruff fix and format
 	$(BIN)/ruff check --fix .

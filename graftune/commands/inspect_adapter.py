@@ -1,0 +1,107 @@
+"""`graftune inspect`: what an adapter is and how it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+
+from graftune.adapters.folder import read_config
+from graftune.commands.parsing import OptionParser
+from graftune.commands.published import Published, find
+from graftune.commands.report import add_json, as_text, show, table
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Show what an adapter is and how it was trained."""
+    parser = OptionParser("inspect", "show what an adapter is and how it was trained", [])
+    parser.add_argument("adapter", help="the adapter's folder, or its id on the Hub")
+    add_json(parser)
+    (given,) = parser.parse(arguments)
+    content = contents(find(given.adapter))
+    show(content, _tables(content), given.json)
+
+
+def contents(adapter: Published) -> dict[str, Any]:
+    """Return everything that is known of an adapter.
+
+    Example:
+        >>> contents(find("outputs/adapter"))["parameters"]
+        10752
+    """
+    facts = adapter.facts
+    config = read_config(adapter.folder)
+    return {
+        "adapter": adapter.name,
+        "method": facts.method,
+        "about": facts.about,
+        "settings": {k: v for k, v in facts.settings.items() if k != "regularizers"},
+        "regularizers": getattr(config, "regularizers", None) or [],
+        "base": {
+            "name": facts.base_model,
+            "revision": facts.base_revision,
+            "class": facts.base_class,
+            "library": facts.base_library,
+            "digest": facts.base_digest,
+            "task_type": facts.task_type,
+        },
+        "parameters": facts.parameters,
+        "bytes": facts.bytes,
+        "tensors": _tensors(adapter),
+        "training": None if adapter.record is None else adapter.record.to_dict(),
+    }
+
+
+def _tensors(adapter: Published) -> list[dict[str, Any]]:
+    with safe_open(adapter.folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return [
+            {"name": name, "shape": part.get_shape(), "dtype": part.get_dtype()}
+            for name, part in slices.items()
+        ]
+
+
+def _tables(content: dict[str, Any]) -> list[Any]:
+    base = {name: value for name, value in content["base"].items() if value and name != "digest"}
+    regularizers = "; ".join(as_text(entry) for entry in content["regularizers"])
+    what = [
+        ("method", content["method"]),
+        ("settings", content["settings"]),
+        ("regularizers", regularizers or "none"),
+        ("base model", base or "not recorded"),
+        ("base digest", _short(content["base"]["digest"])),
+        ("parameters", f"{content['parameters']:,} in {len(content['tensors'])} tensors"),
+        ("bytes", f"{content['bytes']:,}"),
+    ]
+    tables = [table(("", ""), what, content["adapter"])]
+    shown = [(t["name"], ", ".join(map(str, t["shape"])), t["dtype"]) for t in content["tensors"]]
+    tables.append(table(("tensor", "shape", "type"), shown, "Tensors", numbers=(1,)))
+    training = content["training"]
+    if training is None:
+        return [*tables, "How it was trained is not recorded."]
+    metrics = [
+        (data, metric, value)
+        for data, found in training.pop("metrics", {}).items()
+        for metric, value in found.items()
+    ]
+    tables.append(table(("", ""), _training_rows(training), "How it was trained"))
+    if metrics:
+        tables.append(table(("measured on", "metric", "value"), metrics, "Results", numbers=(2,)))
+    return tables
+
+
+def _training_rows(training: dict[str, Any]) -> list[tuple[str, Any]]:
+    rows = []
+    for name, value in training.items():
+        if name == "data":
+            rows += [(f"data: {part}", entry) for part, entry in value.items()]
+        else:
+            rows.append((name, value))
+    return rows
+
+
+def _short(digest: str | None) -> str:
+    """The part of a digest that people can compare: the sampled values after it are long."""
+    return "not recorded" if digest is None else ":".join(digest.split(":")[:2])
