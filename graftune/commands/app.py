@@ -19,6 +19,7 @@ from graftune.integrations.hub.fetch import one_line
 # what the command does.
 COMMANDS = {
     "train": ("train", "train an adapter as a YAML file and the command line say"),
+    "protocol": ("protocol", "compare over several seeds: base-to-novel, few-shot, cross-dataset"),
     "eval": ("evaluate", "measure a base model without and with an adapter"),
     "inspect": ("inspect_adapter", "show what an adapter is and how it was trained"),
     "merge": ("merge", "write the base model with an adapter merged in"),
