@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from .messages import listing, nearest
+from .sharded import is_sharded
 
 
 class AdapterMismatchError(ValueError):
@@ -14,15 +15,25 @@ class AdapterMismatchError(ValueError):
 
 
 def check_not_empty(tensors: Mapping[str, torch.Tensor], adapter_name: str) -> None:
-    """Raise ValueError when an adapter about to be written holds no numbers.
+    """Raise ValueError when an adapter about to be written holds no numbers, or not all of them.
 
     Sharded training (DeepSpeed ZeRO-3, FSDP) leaves tensors of size zero outside its gathering
-    context; a file of those would look like an adapter and be none.
+    context, or a part of them in each process; a file of those would look like an adapter and be
+    none.
     """
     if not tensors:
         raise ValueError(
             f"the adapter {adapter_name!r} has no tensors: nothing was written. Is the adapter "
             "attached to this model?"
+        )
+    sharded = [name for name, tensor in tensors.items() if is_sharded(tensor)]
+    if sharded:
+        raise ValueError(
+            f"{len(sharded)} of {len(tensors)} tensors of the adapter {adapter_name!r} are spread "
+            f"over processes ({listing(sharded, 3)}): nothing was written. Save with "
+            "`trainer.save_model(folder)`, or gather them first: "
+            "graftune.integrations.trainer.sharding.whole_state_dict(model), passed as "
+            "`state_dict=`."
         )
     hollow = [name for name, tensor in tensors.items() if tensor.numel() == 0]
     if hollow:

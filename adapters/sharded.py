@@ -19,11 +19,26 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def spread_like(tensor: torch.Tensor, other: Any) -> torch.Tensor:
-    """Return a whole tensor with the device, the dtype and the spread of another one."""
-    moved = tensor.to(other.device, other.dtype)
+    """Return a tensor with the device, the dtype and the spread of another one."""
+    if is_sharded(tensor) and is_sharded(other):
+        return tensor
+    moved = whole(tensor).to(other.device, other.dtype)
     if not is_sharded(other):
         return moved
     # Only where it is needed: importing it takes longer than all of graftune's adapters.
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(moved, other.device_mesh, other.placements)
+
+
+def keep_spread(parameter: Any) -> None:
+    """Let gradients of a sharded parameter be spread as it is, whatever they are computed from.
+
+    FSDP adds its own to what is there; one that is whole, or a summand in each process, as those of
+    terms of the weights alone come out, would not fit or be wrong.
+    """
+    if not is_sharded(parameter):
+        return
+    parameter.register_hook(
+        lambda gradient: gradient.redistribute(parameter.device_mesh, parameter.placements)
+    )

@@ -89,10 +89,12 @@ class L2ToStart(Regularizer):
             changes = weight_changes(step.model)
             # Recomputed in the backward pass, so that no dense ΔW waits for it.
             squares = (checkpoint(_half_square, c, use_reentrant=False) for _, c in changes)
-            return {"l2_to_start": self.weight * _sum(squares)}
+            return {self.name: self.weight * _sum(squares)}
         weights = dict(step.model.named_parameters())
-        distance = l2_to_start((weights[name] for name in self._starts), self._starts.values())
-        return {"l2_to_start": self.weight * distance}
+        # Between forward and backward FSDP may hold some of its sharded weights whole.
+        starts = {name: spread_like(start, weights[name]) for name, start in self._starts.items()}
+        distance = l2_to_start((weights[name] for name in starts), starts.values())
+        return {self.name: self.weight * distance}
 
     def state_dict(self) -> State:
         """Return the weights at the start of the run."""

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..frozen import frozen_base
 from ..messages import listing
-from ..sharded import is_sharded, whole
+from ..sharded import is_sharded, keep_spread, whole
 from .base import Gradients, Need, Regularizer, Run, State, Step
 
 Forward = Callable[[], Mapping[str, Any]]
@@ -80,6 +80,8 @@ class Regularization:
         self._run = Run(self.model, steps, epochs)
         self.epochs_done = 0
         self._term_gradients = {}
+        for parameter in self._run_parameters().values():
+            keep_spread(parameter)
         for regularizer in self.regularizers:
             regularizer.start(self._run)
 
@@ -173,11 +175,8 @@ class Regularization:
         step = Step(
             self.model, outputs, frozen_outputs, batch or {}, objective, items, processes, share
         )
-        terms = {
-            name: share * term
-            for regularizer in self.regularizers
-            for name, term in regularizer.terms(step).items()
-        }
+        given = _joined([regularizer.terms(step) for regularizer in self.regularizers])
+        terms = {name: share * term for name, term in given.items()}
         if Need.TERM_GRADIENTS in self.needs:
             self._keep_gradients(step, share * gradient_scale)
         task_loss = outputs["loss"]
@@ -189,16 +188,16 @@ class Regularization:
     def _keep_gradients(self, step: Step, scale: float) -> None:
         """Add up the gradients of the separate terms over accumulated batches."""
         parameters = list(self._run_parameters().values())
-        for regularizer in self.regularizers:
-            for name, term in regularizer.separate_terms(step).items():
-                new = torch.autograd.grad(
-                    term * scale, parameters, retain_graph=True, allow_unused=True
-                )
-                kept = self._term_gradients.get(name)
-                self._term_gradients[name] = [
-                    b if a is None else a if b is None else a + b
-                    for a, b in zip(kept or [None] * len(new), new, strict=True)
-                ]
+        terms = _joined([regularizer.separate_terms(step) for regularizer in self.regularizers])
+        for name, term in terms.items():
+            new = torch.autograd.grad(
+                term * scale, parameters, retain_graph=True, allow_unused=True
+            )
+            kept = self._term_gradients.get(name)
+            self._term_gradients[name] = [
+                b if a is None else a if b is None else a + b
+                for a, b in zip(kept or [None] * len(new), new, strict=True)
+            ]
 
     def transform_gradients(self, gradient_scale: float = 1.0) -> None:
         """Let regularizers change the gradients of an optimizer step; call it before clipping.
@@ -252,6 +251,15 @@ class Regularization:
 def _has_terms(regularizer: Regularizer) -> bool:
     own = type(regularizer)
     return (own.terms, own.separate_terms) != (Regularizer.terms, Regularizer.separate_terms)
+
+
+def _joined(of_each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Join the terms of several regularizers, none of which may hide another."""
+    names = [name for terms in of_each for name in terms]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"more than one regularizer has a term of the name {listing(twice)}")
+    return {name: term for terms in of_each for name, term in terms.items()}
 
 
 def _average_over_processes(

@@ -34,10 +34,13 @@ def check_limits(regularizers: Sequence[Regularizer], trainer: Any) -> None:
             f"{listing(separate)} need gradients of their own terms, which FSDP does not hand out; "
             "train with DDP or without them"
         )
-    if separate and is_reentrant(trainer.args):
+    several = regularizers and trainer.args.world_size > 1
+    if is_reentrant(trainer.args) and (separate or several):
+        names = separate or [r.name for r in regularizers]
+        why = "does not give gradients of their own terms" if separate else "breaks under DDP"
         raise ValueError(
-            f"{listing(separate)} need gradients of their own terms, which reentrant checkpointing "
-            "does not allow; set activation_checkpointing_kwargs={'use_reentrant': False}"
+            f"{listing(names)}: reentrant checkpointing {why}; "
+            "set activation_checkpointing_kwargs={'use_reentrant': False}"
         )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from accelerate import DistributedDataParallelKwargs
 from peft import PeftModel
 
 from graftune.integrations.hub import read_record, refresh_card
 from graftune.integrations.trainer.checkpoints import WholeCheckpoints
 from graftune.integrations.trainer.finite import FiniteLoss
 from graftune.integrations.trainer.objective import ObjectiveTrainer
-from graftune.integrations.trainer.recomputing import checkpointing
+from graftune.integrations.trainer.recomputing import checkpointing, is_reentrant
 from graftune.integrations.trainer.regularized import RegularizedTrainer
 from graftune.integrations.trainer.sharding import any_sharded, check_state, whole_state_dict
 
@@ -35,6 +36,16 @@ class TrainerMixin(FiniteLoss, RegularizedTrainer, WholeCheckpoints):
         >>> Regularized(model, args=SFTConfig("out"), train_dataset=data,
         ...             regularizers=[graftune.FrozenDistillation(0.5)]).train()
     """
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        built = super()._build_accelerator_args(**kwargs)
+        for handler in built["kwargs_handlers"]:
+            # As transformers does for models without an adapter: looking for unused parameters
+            # breaks reentrant checkpointing.
+            unsaid = self.args.ddp_find_unused_parameters is None and is_reentrant(self.args)
+            if unsaid and isinstance(handler, DistributedDataParallelKwargs):
+                handler.find_unused_parameters = False
+        return built
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does; resuming and what it raises are those of `Trainer`."""

@@ -16,6 +16,7 @@ import graftune
 from graftune.adapters.regularizers import (
     FrozenDistillation,
     L2ToStart,
+    Regularization,
     Run,
     Step,
     regularizer,
@@ -135,6 +136,19 @@ def test_features_of_classes_are_not_left_out_with_the_pictures_beside_them() ->
     terms = FrozenDistillation(of="features").terms(given)
     assert terms["frozen_distillation_image"].item() == 1.0
     assert terms["frozen_distillation_text"].item() == 5.0
+
+
+def test_terms_of_one_name_are_refused() -> None:
+    class Other(L2ToStart):
+        name = "test_other_l2"
+
+        def terms(self, step: Step) -> Any:
+            return {"l2_to_start": torch.zeros(())}
+
+    session = Regularization(trained("lora"), [L2ToStart(), Other()])
+    session.start(steps=1, epochs=1)
+    with pytest.raises(ValueError, match="more than one regularizer has a term .*'l2_to_start'"):
+        session.losses(lambda: {"loss": torch.zeros(())})
 
 
 def test_missing_outputs_are_named() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 PRELOADED = ["torch", "transformers.trainer", "peft", "accelerate", "graftune.integrations.trainer"]
@@ -25,11 +25,25 @@ def launch(function: Callable[..., None], *args: Any, processes: int = 1) -> lis
         *args: what can be pickled.
         processes: with more than one they find each other by the environment, as under torchrun.
     """
+    return _launch(function, args, processes, errors=None)
+
+
+def succeed(function: Callable[..., None], *args: Any, processes: int = 1) -> None:
+    """Call a function in processes of their own, all of which have to succeed."""
+    with TemporaryDirectory() as folder:
+        codes = _launch(function, args, processes, errors=Path(folder))
+        found = [path.read_text() for path in sorted(Path(folder).iterdir())]
+    assert codes == [0] * processes, "\n".join([str(codes), *found])
+
+
+def _launch(
+    function: Callable[..., None], args: Any, processes: int, errors: Path | None
+) -> list[int]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     port = _free_port()
     started = [
-        context.Process(target=_run, args=(rank, processes, port, function, args))
+        context.Process(target=_run, args=(rank, processes, port, errors, function, args))
         for rank in range(processes)
     ]
     for process in started:
@@ -45,12 +59,14 @@ def launch(function: Callable[..., None], *args: Any, processes: int = 1) -> lis
     return [code if code is not None else -1 for code in codes]
 
 
-def succeed(function: Callable[..., None], *args: Any, processes: int = 1) -> None:
-    """Call a function in processes of their own, all of which have to succeed."""
-    assert launch(function, *args, processes=processes) == [0] * processes
-
-
-def _run(rank: int, processes: int, port: int, function: Callable[..., None], args: Any) -> None:
+def _run(
+    rank: int,
+    processes: int,
+    port: int,
+    errors: Path | None,
+    function: Callable[..., None],
+    args: Any,
+) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -69,8 +85,8 @@ def _run(rank: int, processes: int, port: int, function: Callable[..., None], ar
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
+        if errors is not None:
+            (errors / str(rank)).write_text(f"process {rank}: {traceback.format_exc()}")
         # Not through the interpreter's end, which waits for the other processes.
         os._exit(1)
 
@@ -79,8 +95,3 @@ def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
-
-
-def output_of(folder: Path, rank: int = 0) -> Any:
-    """Where a process leaves what it found."""
-    return folder / f"found-{rank}.pt"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -185,6 +185,7 @@ class Case:
     regularizers: Any = list
     accumulated: int = 1
     method: str = "flora"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
 CASES = {
@@ -231,6 +232,22 @@ CASES = {
         lambda: [graftune.FrozenDistillation(2.0), Opposing()],
         accumulated=2,
     ),
+    "class names, recomputed": Case(
+        "transformers-clip",
+        _class_names,
+        lambda: pictures(16, 4),
+        lambda: [graftune.FrozenDistillation(2.0), Opposing()],
+        overrides={"gradient_checkpointing": True},
+    ),
+    "causal LM, recomputed by reentrance": Case(
+        "transformers-llama",
+        graftune.CausalLM,
+        lambda: sentences(16),
+        overrides={
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
+    ),
 }
 
 
@@ -250,6 +267,7 @@ def case_run(name: str, folder: Path, **overrides: Any) -> graftune.Trainer:
                 "gradient_accumulation_steps": case.accumulated,
                 "optim": "sgd",
                 "learning_rate": 0.1,
+                **case.overrides,
                 **overrides,
             },
         ),
