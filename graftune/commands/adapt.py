@@ -13,8 +13,24 @@ from graftune.adapters.regularizers import regularizer
 from graftune.commands.errors import UsageError
 from graftune.commands.options import TrainOptions
 from graftune.integrations.base_models import BaseModel
+from graftune.integrations.families import recognise
 from graftune.recipes import recipes
 from graftune.wrap import wrap
+
+# Fields of every PEFT config that say nothing about the method: filled in, or options of their own.
+BOOKKEEPING = frozenset(
+    {
+        "auto_mapping",
+        "base_digest",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_type",
+        "peft_version",
+        "regularizers",
+        "revision",
+        "task_type",
+    }
+)
 
 
 def check_method(options: TrainOptions) -> None:
@@ -24,7 +40,8 @@ def check_method(options: TrainOptions) -> None:
         UsageError: an unknown method or field; the nearest is named.
         ValueError: an unknown regularizer or setting.
     """
-    fields = {f.name for f in dataclasses.fields(config_class(options.recipe)) if f.init}
+    config_fields = dataclasses.fields(config_class(options.recipe))
+    fields = {f.name for f in config_fields if f.init} - BOOKKEEPING
     for name in options.adapter_fields:
         if name not in fields:
             raise UsageError(
@@ -69,6 +86,11 @@ def adapt(base: BaseModel, options: TrainOptions) -> PeftModel:
         method: str | PeftConfig = options.recipe
     else:
         method, fields = config_class(options.recipe)(**fields), {}
+        if method.is_prompt_learning and recognise(base.model).task_type is None:
+            raise UsageError(
+                f"{options.recipe!r} puts prompts before the input of a language model, and "
+                f"{type(base.model).__name__} is none; choose another recipe"
+            )
     return wrap(
         base.model,
         method,

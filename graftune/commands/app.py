@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from torch import distributed
 
 from graftune.adapters.messages import listing, nearest
-from graftune.commands.errors import UsageError, is_expected
-from graftune.integrations.hub.fetch import one_line
+from graftune.commands.errors import UsageError, is_expected, said
 
 # The commands: the module with a function `run(arguments)`, imported when the command is used, and
 # what the command does.
@@ -108,6 +107,6 @@ def _failed(error: Exception | KeyboardInterrupt) -> int:
     number = int(os.environ.get("RANK", "0"))
     if not number or (distributed.is_available() and distributed.is_initialized()):
         who = f"graftune (process {number})" if number else "graftune"
-        what = "stopped" if isinstance(error, KeyboardInterrupt) else one_line(error)
+        what = "stopped" if isinstance(error, KeyboardInterrupt) else said(error)
         print(f"{who}: {what}", file=sys.stderr)
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED

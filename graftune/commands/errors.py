@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from safetensors import SafetensorError
 
+from graftune.integrations.hub.fetch import one_line
+
 
 class UsageError(ValueError):
     """The command line or a YAML file says something that there is not."""
@@ -21,6 +23,28 @@ _EXPECTED = (
     SafetensorError,
     torch.OutOfMemoryError,
 )
+
+# What the library's errors advise in Python, and how it is said on the command line.
+_ADVICE = {
+    "resume_from_checkpoint=True": "`resume: auto`",
+    "ImageCollator(..., unreadable='skip')": "`unreadable: skip`",
+    "load_images(..., image=...)": "`image_column`",
+    "load_images(..., label=...)": "`label_column`",
+    "load_texts(..., text=...)": "`text_column`",
+}
+
+
+def said(error: Exception) -> str:
+    """Return an error's message in one line, with advice for the command line.
+
+    Example:
+        >>> said(ValueError("no column 'image'.\nName it: load_images(..., image=...)"))
+        "no column 'image'. Name it: `image_column`"
+    """
+    message = one_line(error)
+    for in_python, on_command_line in _ADVICE.items():
+        message = message.replace(in_python, on_command_line)
+    return message
 
 
 def is_expected(error: Exception) -> bool:

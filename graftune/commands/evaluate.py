@@ -78,7 +78,7 @@ def evaluate(adapter: Published, options: EvalOptions, target: str | None = None
         target: where JSON goes; see `report.show`.
     """
     quiet()
-    objective = objective_of(adapter, options.objective, options.model)
+    objective = objective_of(adapter, options.objective, options.model, options.revision)
     rows = (texts if objective == "causal_lm" else pictures)(
         options, str(options.data), options.split
     )

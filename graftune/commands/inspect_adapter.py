@@ -65,7 +65,8 @@ def _tensors(adapter: Published) -> list[dict[str, Any]]:
 
 def _tables(content: dict[str, Any]) -> list[Any]:
     base = {name: value for name, value in content["base"].items() if value and name != "digest"}
-    regularizers = "; ".join(as_text(entry) for entry in content["regularizers"])
+    named = ({"name": None, **entry} for entry in content["regularizers"])
+    regularizers = "; ".join(map(as_text, named))
     what = [
         ("method", content["method"]),
         ("settings", content["settings"]),

@@ -114,7 +114,7 @@ def base_of(
         return load_base_model(name, revision=revision, dtype=dtype)
     kind = adapter.facts.base_class or _AUTO_CLASSES.get(str(adapter.facts.task_type))
     if kind is None or not hasattr(transformers, kind):
-        return load_base_model(name, default_objective(name, revision), dtype=dtype)
+        return load_base_model(name, revision=revision, dtype=dtype)
     weights = "auto" if dtype == "auto" else getattr(torch, dtype)
     loaded = getattr(transformers, kind).from_pretrained(
         source.name, revision=revision, dtype=weights
@@ -127,15 +127,26 @@ def attach(adapter: Published, base: BaseModel, **options: Any) -> PeftModel:
     return graftune.load(base.model, adapter.folder, **options)
 
 
-def objective_of(adapter: Published, given: str | None, model: str | None) -> str:
+def objective_of(
+    adapter: Published, given: str | None, model: str | None, revision: str | None = None
+) -> str:
     """Return the name of the objective to measure an adapter by.
+
+    Args:
+        adapter: the adapter.
+        given: the one that was asked for, if any.
+        model: the base model's name; None takes the recorded one.
+        revision: its branch, tag or commit; None takes the recorded one.
 
     Raises:
         UsageError: it is not known.
     """
     found = given or adapter.settings.get("name")
-    if found is None and (model or adapter.facts.base_model):
-        found = default_objective(str(model or adapter.facts.base_model))
+    name = model or adapter.facts.base_model
+    if found is None and name:
+        if model is None:
+            revision = revision or adapter.facts.base_revision
+        found = default_objective(name, revision)
     if found not in OBJECTIVES:
         raise UsageError(
             f"{adapter.name} was trained by {found!r}, of which nothing is known; give "

@@ -6,24 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from graftune.commands.adapt import BOOKKEEPING
 from graftune.commands.parsing import OptionParser
 from graftune.commands.report import add_json, as_text, show, table
 from graftune.recipes import Recipe, recipes
-
-# Fields of every PEFT config that say nothing about the method.
-_BOOKKEEPING = frozenset(
-    {
-        "auto_mapping",
-        "base_digest",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_type",
-        "peft_version",
-        "regularizers",
-        "revision",
-        "task_type",
-    }
-)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -51,7 +37,7 @@ def contents(recipe: Recipe) -> dict[str, Any]:
             "help": f.metadata.get("help", ""),
         }
         for f in dataclasses.fields(config)
-        if f.name not in _BOOKKEEPING
+        if f.name not in BOOKKEEPING
     ]
     return {
         "paper": recipe.paper,

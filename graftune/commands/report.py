@@ -91,7 +91,8 @@ def as_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {as_text(inner)}" for name, inner in value.items())
+        known = {name: inner for name, inner in value.items() if inner is not None}
+        return ", ".join(f"{name} {as_text(inner)}" for name, inner in known.items())
     if isinstance(value, (list, tuple, set)):
         return ", ".join(as_text(inner) for inner in value)
     return str(value)

@@ -140,7 +140,7 @@ def training_record(outcome: Outcome) -> TrainingRecord:
         hyperparameters={
             **{name: given[name] for name in _HYPERPARAMETERS if given[name] is not None},
             "processes": args.world_size,
-            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+            "precision": args.mixed_precision if args.mixed_precision != "no" else "float32",
             "base_dtype": outcome.options.dtype,
         },
         seed=args.seed,

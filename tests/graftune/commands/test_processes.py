@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -29,10 +30,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
 
 
-def start(command: list[Any]) -> subprocess.Popen:
+def start(command: list[Any], **options: Any) -> subprocess.Popen:
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        list(map(str, command)), stdout=pipe, stderr=pipe, text=True, env=environment()
+        list(map(str, command)), stdout=pipe, stderr=pipe, text=True, env=environment(), **options
     )
 
 
@@ -86,6 +87,27 @@ def test_a_killed_run_goes_on_and_ends_the_same(
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     assert results(killed)["metrics"] == results(whole)["metrics"]
     assert results(killed)["resumed_from"] is not None
+
+
+def small_files() -> None:
+    """Let this process write no file of more than 64 KiB, as if the disk were full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_in_one_line(
+    make_recipe: Make, clip: str, pictures: str, tmp_path: Path
+) -> None:
+    file = make_recipe(
+        model=clip, data=pictures, save_strategy="steps", save_steps=2, adapter={"r": 32}
+    )
+    code, _, err = finish(start([GRAFTUNE, "train", file], preexec_fn=small_files))
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("graftune: ")]
+    assert "could not write checkpoint-2" in line
+    assert "`resume: auto`" in line
+    assert "Traceback" not in err
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 @pytest.mark.slow

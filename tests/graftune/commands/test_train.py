@@ -223,6 +223,7 @@ def test_unreadable_pictures_stop_or_are_counted(
     file = make_recipe(model=clip, data=str(folder), num_train_epochs=1, max_steps=-1)
     said = fails("train", file)
     assert "0.png cannot be read: not a picture" in said
+    assert "leave such pictures out with `unreadable: skip`" in said
     printed = run("train", file, "--unreadable", "skip")
     assert "2 pictures could not be read" in printed
     assert len(results(tmp_path / "out")["unreadable"]) == 2
@@ -234,6 +235,12 @@ def test_unreadable_pictures_stop_or_are_counted(
         ({"recipe": "flra"}, "there is no recipe 'flra'. Did you mean 'flora'"),
         ({"recipe": "lorra"}, "Did you mean 'lora'"),
         ({"adapter": {"rank": 2}}, "the adapter of 'flora' has no field 'rank'"),
+        ({"adapter": {"peft_type": "LORA"}}, "the adapter of 'flora' has no field 'peft_type'"),
+        (
+            {"recipe": "prompt_tuning", "adapter": {"num_virtual_tokens": 2}},
+            "puts prompts before the input of a language model, and CLIPModel is none",
+        ),
+        ({"recipe": "ia3", "adapter": {}}, "Please specify `feedforward_modules`"),
         ({"adapter": {"r": 0}}, "`r` must be a positive int"),
         ({"regularizers": [{"name": "l2_to_strat"}]}, "Did you mean 'l2_to_start'"),
         ({"regularizers": [{"name": "l2_to_start", "wieght": 1}]}, "Did you mean 'weight'"),
@@ -244,10 +251,11 @@ def test_unreadable_pictures_stop_or_are_counted(
         ({"model": "openclip:ViT-B-32"}, "Did you mean 'open_clip'"),
         ({"objective": "denoising"}, "is for 'class_names', 'image_classes', 'causal_lm'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is for image_classes"),
-        ({"image_column": "img", "push_to": "a/b/c"}, "Repo id must be in the form"),
+        ({"push_to": "a/b/c"}, "Repo id must be in the form"),
         ({"learning_rate": 1e30}, "the loss is nan at step"),
         ({"resume": "nowhere"}, "no folder with a checkpoint, nor auto"),
         ({"lr_scheduler_type": "cosinus"}, "invalid choice: 'cosinus'"),
+        ({"report_to": "nowhere"}, "nowhere is not supported"),
         ({"save_strategy": "sometimes"}, "invalid choice: 'sometimes'"),
     ],
 )
