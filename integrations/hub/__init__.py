@@ -1,12 +1,11 @@
 """Sharing an adapter: its files from and to the Hub, its model card, and how it was trained."""
 
 from graftune.adapters.config import after_saving
-
-from .card import model_card, refresh_card, write_record
-from .facts import AdapterFacts, describe
-from .fetch import fetch_adapter
-from .push import push_to_hub
-from .record import TrainingRecord, hardware, read_record, versions
+from graftune.integrations.hub.card import model_card, refresh_card, write_record
+from graftune.integrations.hub.facts import AdapterFacts, describe
+from graftune.integrations.hub.fetch import fetch_adapter
+from graftune.integrations.hub.push import push_to_hub
+from graftune.integrations.hub.record import TrainingRecord, hardware, read_record, versions
 
 __all__ = [
     "AdapterFacts",
@@ -17,6 +16,7 @@ __all__ = [
     "model_card",
     "push_to_hub",
     "read_record",
+    "refresh_card",
     "versions",
     "write_record",
 ]

@@ -11,11 +11,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from .facts import AdapterFacts, describe, is_repo_id
-from .fetch import CARD_NAME
-from .own_words import BEGIN, END, own_words
-from .record import KEY, TrainingRecord, parse_card, read_record
-from .text import base_left_out, card_text
+from graftune.integrations.hub.facts import AdapterFacts, describe, is_repo_id
+from graftune.integrations.hub.fetch import CARD_NAME
+from graftune.integrations.hub.own_words import BEGIN, END, own_words
+from graftune.integrations.hub.record import KEY, TrainingRecord, parse_card, read_record
+from graftune.integrations.hub.text import base_left_out, card_text
 
 # The Hub's tasks for PEFT's task types.
 _TASKS = {
@@ -28,6 +28,7 @@ _TASKS = {
 }
 # The Hub refuses other names of data sets in a model index.
 _DATA_TYPE = re.compile(r"(?:[\w-]+/)?[\w.-]+", re.ASCII)
+_NOTE = "<!-- Written anew with every saving; what stands above and below is kept. -->"
 _BASE_TAG = "base_model:adapter:"
 # Keys that describe the weights at hand: not to be taken from another version's card.
 _OURS = frozenset({"base_model", "library_name", "model-index", KEY})
@@ -65,12 +66,13 @@ def model_card(
     record = record or read_record(folder)
     if published is not None:
         cards.append(parse_card(published, f"{repo_id}/{CARD_NAME}"))
-    name = (repo_id or str(folder.resolve())).replace("\\", "/").rpartition("/")[2]
+    name = Path(repo_id).name if repo_id else folder.resolve().name
     data = _metadata(facts, record, cards, name)
     part = card_text(facts, record, name=name, place=repo_id or name)
     texts = [own_words(card.text) for card in cards]
     above, below = next((pair for pair in texts if any(pair)), ("", ""))
-    text = "\n\n".join(piece for piece in (above, f"{BEGIN}\n\n{part}\n\n{END}", below) if piece)
+    ours = f"{BEGIN}\n{_NOTE}\n\n{part}\n\n{END}"
+    text = "\n\n".join(piece for piece in (above, ours, below) if piece)
     return f"---\n{data.to_yaml()}\n---\n\n{text}\n"
 
 
@@ -88,14 +90,18 @@ def write_record(folder: str | Path, record: TrainingRecord) -> None:
     _write(Path(folder), model_card(folder, record))
 
 
-def refresh_card(folder: Path) -> None:
-    """Replace the card that PEFT has written beside an adapter, if both are there.
+def refresh_card(folder: Path, record: TrainingRecord | None = None) -> None:
+    """Make the card anew that PEFT or transformers has written beside an adapter.
 
-    PEFT's has a template's headings and no code, and names a base model that is a local path,
-    which the Hub refuses. The record and people's own text are kept.
+    Theirs have no code that imports graftune, and may name a base model that is a local path, which
+    the Hub refuses. People's own text is kept. Without a card or tensors nothing is done.
+
+    Args:
+        folder: the adapter's folder.
+        record: how it was trained; None keeps the record that the card has.
     """
     if (folder / CARD_NAME).is_file() and (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        _write(folder, model_card(folder))
+        _write(folder, model_card(folder, record))
 
 
 def _write(folder: Path, text: str) -> None:

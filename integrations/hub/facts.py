@@ -11,10 +11,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 
 from graftune.adapters.config import GraftConfig
-from graftune.adapters.folder import read_config
+from graftune.adapters.folder import check_files, open_tensors, read_config
 
 # Fields of a config that say nothing about the method, or are shown by themselves.
 _BOOKKEEPING = frozenset(
@@ -92,10 +91,11 @@ def describe(folder: str | Path) -> AdapterFacts:
     """Read the facts of an adapter from its config and the header of its tensors.
 
     Args:
-        folder: a complete adapter's folder (`graftune.adapters.folder.check_files`).
+        folder: the adapter's folder.
 
     Raises:
-        ValueError: the config is no adapter's.
+        FileNotFoundError: its config or its tensors are missing.
+        ValueError: the config is no adapter's, or the file of tensors is cut off or corrupt.
 
     Example:
         >>> facts = describe("outputs/adapter")
@@ -103,11 +103,12 @@ def describe(folder: str | Path) -> AdapterFacts:
         ('FLORA', 10752, 49376)
     """
     folder = Path(folder)
+    check_files(folder)
     config = read_config(folder)
     auto_mapping = config.auto_mapping or {}
     base_model = config.base_model_name_or_path or None
     path = folder / SAFETENSORS_WEIGHTS_NAME
-    with safe_open(path, framework="pt") as file:
+    with open_tensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
         dtypes = tuple(sorted({part.get_dtype() for part in slices.values()}))

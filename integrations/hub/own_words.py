@@ -8,8 +8,8 @@ from functools import cache
 
 from huggingface_hub import ModelCard, ModelCardData
 
-# Between these lines stands what graftune writes.
-BEGIN = "<!-- graftune: this part is written anew with every saving; text around it is kept -->"
+# Between these lines stands what graftune writes. Cards are known again by them: they never change.
+BEGIN = "<!-- graftune: begin -->"
 END = "<!-- graftune: end -->"
 
 _PLACEHOLDER = "[More Information Needed]"

@@ -14,10 +14,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from graftune.adapters.folder import check_files, read_config, read_shapes
 from graftune.adapters.messages import listing
-
-from .card import model_card
-from .fetch import CARD_NAME, one_line
-from .record import TrainingRecord
+from graftune.integrations.hub.card import model_card
+from graftune.integrations.hub.fetch import CARD_NAME, one_line
+from graftune.integrations.hub.record import TrainingRecord
 
 
 def push_to_hub(

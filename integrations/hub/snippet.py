@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .facts import AdapterFacts
+from graftune.integrations.hub.facts import AdapterFacts
 
 # transformers' automatic classes for PEFT's task types.
 _AUTO_CLASSES = {

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
-from .facts import AdapterFacts
-from .record import TrainingRecord
-from .snippet import loading_lines
+from graftune.integrations.hub.facts import AdapterFacts
+from graftune.integrations.hub.record import TrainingRecord
+from graftune.integrations.hub.snippet import loading_lines
 
 _LOADING = (
     "The first line makes the method known to PEFT; after it `peft.PeftModel.from_pretrained` and "

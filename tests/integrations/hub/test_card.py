@@ -88,6 +88,15 @@ def test_the_card_says_what_the_files_hold(folder: Path) -> None:
     assert "| my pictures | accuracy | 0.5 |" in text
 
 
+def test_what_is_no_adapter_is_said(folder: Path) -> None:
+    tensors = folder / "adapter_model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        describe(folder)
+    with pytest.raises(FileNotFoundError, match=CONFIG):
+        describe(folder.parent)
+
+
 def test_metadata_pass_the_hub_s_rules_and_come_back(folder: Path) -> None:
     set_config(folder, base_model_name_or_path="openai/clip-vit-base-patch16")
     text = model_card(folder, RECORD, repo_id="user/emoji-flora")
@@ -244,7 +253,7 @@ def test_saving_again_keeps_the_record_and_what_people_wrote(tmp_path: Path) -> 
         model.save_pretrained(tmp_path)
     again = saved_card(tmp_path)
     assert again.data.license == "apache-2.0"
-    assert again.text.strip().startswith("Above.\n\n<!-- graftune")
+    assert again.text.strip().startswith("Above.\n\n<!-- graftune: begin -->")
     assert again.text.strip().endswith("<!-- graftune: end -->\n\n## Limits\n\nBelow.")
     assert again.text.count("## Loading it") == 1
     record = read_record(tmp_path)

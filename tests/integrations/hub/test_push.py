@@ -215,6 +215,18 @@ def test_a_base_that_is_a_local_path(
     assert stranger(steps.answers, "user/local-base") == expected
 
 
+def test_the_push_of_the_trainer_with_such_a_base(
+    hub: Hub, author: Call, base_folder: str, stranger: Call, tmp_path: Path
+) -> None:
+    author(steps.push_by_trainer, base_folder, "user/by-trainer", str(tmp_path / "run"))
+    published = card(hub, "user/by-trainer")
+    assert published.data.base_model is None
+    assert published.text.split("```python\n")[1].startswith("import graftune\n")
+    assert "learning_rate" in published.text  # transformers' own part is kept
+    assert not [name for name in hub.files("user/by-trainer") if name.endswith(".bin")]
+    stranger(steps.answers, "user/by-trainer")
+
+
 def test_the_local_hub_refuses_a_base_that_is_a_path(author: Call, tmp_path: Path) -> None:
     """So the test above would see it."""
     (tmp_path / "README.md").write_text("---\nbase_model: /data/llama\n---\n")

@@ -91,6 +91,20 @@ def push_by_peft(base: str, repository: str, **options: Any) -> None:
     train(base, **options).push_to_hub(repository)
 
 
+def push_by_trainer(base: str, repository: str, folder: str) -> None:
+    """Train for a step and push as transformers' trainer does."""
+    from transformers import TrainingArguments
+
+    import graftune
+
+    hub = {"push_to_hub": True, "hub_model_id": repository, "hub_strategy": "end"}
+    args = TrainingArguments(folder, max_steps=1, use_cpu=True, report_to="none", **hub)
+    rows = [{"input_ids": row, "labels": row} for row in CASE.batch()["input_ids"].tolist()]
+    trainer = graftune.Trainer(train(base), args, train_dataset=rows)
+    trainer.train()
+    trainer.push_to_hub()
+
+
 def answers(adapter: str, **options: Any) -> list[Any]:
     """What the small model answers with an adapter loaded by graftune."""
     import graftune
