@@ -101,7 +101,8 @@ def _of(outputs: Mapping[str, Any], name: str) -> Any:
         raise ValueError(
             f"FrozenDistillation needs {name!r}, and the objective returned only "
             f"{sorted(key for key, v in outputs.items() if v is not None)}; see "
-            "graftune.integrations.objectives for what an objective returns, and switch off losses "
-            "that never compute them, such as fused or chunked cross entropy"
+            "graftune.integrations.objectives for what an objective returns. Losses that never "
+            "compute logits have to be switched off: use_liger_kernel=False, or "
+            "liger_kernel_config={'fused_linear_cross_entropy': False}"
         )
     return value

@@ -72,7 +72,15 @@ def per_token(outputs: Any, labels: Tensor) -> SimpleNamespace:
     Returns:
         For each label from the second on, (B, L − 1), zero where it is −100: log_probs with
         gradients, entropy, is_top1; and label_mask, and the aux_loss of the outputs.
+
+    Raises:
+        ValueError: there are no logits.
     """
+    if outputs.get("logits") is None:
+        raise ValueError(
+            "regularizers need the model's logits, and it returned none; set use_liger_kernel=False "
+            "or whatever else replaces the model's loss"
+        )
     logits = outputs["logits"][:, -labels.shape[1] : -1].float()  # (B, L - 1, V)
     labels = labels[:, 1:].to(logits.device)
     mask = labels != -100
