@@ -27,16 +27,7 @@ from graftune.integrations.hub import (
     fetch_adapter,
     read_record,
 )
-
-# transformers' automatic classes for PEFT's task types.
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
+from graftune.integrations.hub.snippet import AUTO_CLASSES
 
 
 @dataclass(frozen=True)
@@ -112,7 +103,7 @@ def base_of(
     source = locate(name)
     if source.library != "transformers":
         return load_base_model(name, revision=revision, dtype=dtype)
-    kind = adapter.facts.base_class or _AUTO_CLASSES.get(str(adapter.facts.task_type))
+    kind = adapter.facts.base_class or AUTO_CLASSES.get(str(adapter.facts.task_type))
     if kind is None or not hasattr(transformers, kind):
         return load_base_model(name, revision=revision, dtype=dtype)
     weights = "auto" if dtype == "auto" else getattr(torch, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from graftune.integrations.hub.facts import AdapterFacts
 
 # transformers' automatic classes for PEFT's task types.
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "FEATURE_EXTRACTION": "AutoModel",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
@@ -28,8 +28,8 @@ def loading_lines(facts: AdapterFacts, place: str) -> list[str]:
     """
     library = (facts.base_library or "").partition(".")[0]
     name = facts.base_class or "model"
-    if facts.task_type in _AUTO_CLASSES:
-        library, name = "transformers", _AUTO_CLASSES[facts.task_type]
+    if facts.task_type in AUTO_CLASSES:
+        library, name = "transformers", AUTO_CLASSES[facts.task_type]
     second, base = {
         "transformers": (
             f"from transformers import {name}",
