@@ -78,8 +78,8 @@ def per_token(outputs: Any, labels: Tensor) -> SimpleNamespace:
     """
     if outputs.get("logits") is None:
         raise ValueError(
-            "regularizers need the model's logits, and it returned none; set use_liger_kernel=False "
-            "or whatever else replaces the model's loss"
+            "regularizers need the model's logits, and it returned none; set "
+            "use_liger_kernel=False, or switch off whatever else replaces the model's loss"
         )
     logits = outputs["logits"][:, -labels.shape[1] : -1].float()  # (B, L - 1, V)
     labels = labels[:, 1:].to(logits.device)

@@ -1,0 +1,91 @@
+"""A training loop of one's own, under Accelerate: `graftune.Trainer` in about thirty lines.
+
+    accelerate launch examples/custom_loop.py
+    torchrun --nproc_per_node 2 examples/custom_loop.py --resume
+
+Adapts the embedded CLIP to drawings of a style that it has never seen, with regularizers,
+accumulated batches, as many processes as it is launched with, and a state after each epoch that
+`--resume` goes on from.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import graftune
+from embedded.model import load_clip
+from embedded.pictures import load_style
+from graftune.integrations.data import ImageCollator
+from graftune.integrations.trainer import regularizers_of
+
+REGULARIZERS = [graftune.FrozenDistillation(0.5), graftune.L2ToStart(1e-3, of="merged")]
+ACCUMULATED = 2
+
+
+def drawings(count: int) -> tuple[list[dict], list[str]]:
+    """Pictures with labels, and the names of the classes: here each picture is one."""
+    style = load_style("openmoji")
+    rows = [{"image": Image.fromarray(style.images[i]), "label": i} for i in range(count)]
+    return rows, [emoji.name for emoji in style.emoji[:count]]
+
+
+def train(
+    output: Path, pictures: int = 64, epochs: int = 4, batch: int = 8, resume: bool = False
+) -> list[float]:
+    """Train, save the adapter, and return the loss of every batch; all of it can be resumed."""
+    set_seed(0)
+    accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATED)
+    clip, processor = load_clip()
+    model = graftune.wrap(clip, "flora", r=4, dropout=0.1, regularizers=REGULARIZERS)
+    regularization = graftune.Regularization(model, regularizers_of(model))
+    rows, names = drawings(pictures)
+    objective = graftune.ClassNameClassifier(names, processor, "a picture of {}")
+    loader = DataLoader(rows, batch, shuffle=True, collate_fn=ImageCollator(processor))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    regularization.start(steps=epochs * len(loader) // ACCUMULATED, epochs=epochs)
+    accelerator.register_for_checkpointing(regularization)
+    if resume:
+        accelerator.load_state(str(output / "state"))
+    losses = []
+    for epoch in range(regularization.epochs_done, epochs):
+        loader.set_epoch(epoch)
+        model.train()
+        for rows_of_a_batch in loader:
+            with accelerator.accumulate(model):
+                outputs = regularization(objective, model, rows_of_a_batch)
+                accelerator.backward(outputs["loss"])
+                if accelerator.sync_gradients:
+                    regularization.transform_gradients()
+                    accelerator.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                regularization.step_end()
+            losses.append(accelerator.reduce(outputs["loss"].detach(), "mean").item())
+        regularization.epoch_end()
+        accelerator.print(f"epoch {epoch + 1}: the last loss is {losses[-1]:.4f}")
+        accelerator.save_state(str(output / "state"))
+    regularization.end()
+    bare = accelerator.unwrap_model(model)
+    bare.save_pretrained(output / "adapter", is_main_process=accelerator.is_main_process)
+    accelerator.end_training()
+    return losses
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("outputs/custom_loop"))
+    parser.add_argument("--pictures", type=int, default=64, help="one a class")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8, help="pictures a process and batch")
+    parser.add_argument("--resume", action="store_true", help="go on from the last epoch's state")
+    train(**vars(parser.parse_args()))
