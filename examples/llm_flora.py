@@ -119,18 +119,33 @@ def text_rows(tokenizer: Any, count: int, size: int = 64) -> list[Tokens]:
 
 
 @torch.no_grad()
-def answered(model: Any, tokenizer: Any, texts: Sequence[str], length: int = 12) -> list[Tokens]:
+def answered(
+    model: Any, tokenizer: Any, texts: Sequence[str], length: int = 12, size: int = 20
+) -> list[Tokens]:
     """Return the questions, and as labels the first tokens of the model's answers."""
     rows = []
-    for text in texts:
-        chat = [{"role": "user", "content": text}]
-        prompt = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    for start in range(0, len(texts), size):
+        chats = [[{"role": "user", "content": text}] for text in texts[start : start + size]]
+        prompts = tokenizer.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            padding=True,
+            return_tensors="pt",
+            return_dict=True,
+            tokenizer_kwargs={"padding_side": "left"},
         ).to(model.device)
-        ids = model.generate(**prompt, max_new_tokens=length, do_sample=False)[0].tolist()
-        asked = prompt["input_ids"].shape[1]
-        rows.append({"input_ids": ids, "labels": [IGNORED] * asked + ids[asked:]})
+        whole = model.generate(**prompts, max_new_tokens=length, do_sample=False)
+        for ids, mask in zip(whole.tolist(), prompts["attention_mask"], strict=True):
+            rows.append(_labelled(ids, len(mask), int(mask.sum()), tokenizer.eos_token_id))
     return rows
+
+
+def _labelled(ids: list[int], padded: int, asked: int, end: int) -> Tokens:
+    """Cut the padding before a question and after its answer; the answer alone has labels."""
+    question, answer = ids[padded - asked : padded], ids[padded:]
+    if end in answer:
+        answer = answer[: answer.index(end) + 1]
+    return {"input_ids": question + answer, "labels": [IGNORED] * asked + answer}
 
 
 @torch.no_grad()

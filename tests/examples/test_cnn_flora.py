@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from embedded.digits import digits_task, photograph_crops, photographs
 from embedded.efficientnet import imagenet_names, load_efficientnet, renamed, transform
 

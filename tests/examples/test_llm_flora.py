@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from embedded import smollm2
 from embedded.general_text import questions, reference_text
 from embedded.results import Results, spread
