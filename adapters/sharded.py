@@ -5,6 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
+
+
+def check_trained_weights(model: nn.Module, purpose: str) -> None:
+    """Raise ValueError where the trained weights are empty in this process.
+
+    Args:
+        model: the adapted model.
+        purpose: what they are for, as in "L2ToStart measures weights".
+    """
+    if any(p.requires_grad and not p.numel() for p in model.parameters()):
+        raise ValueError(
+            f"{purpose}, and those of this process are empty (DeepSpeed ZeRO-3 or FSDP 1); train "
+            "with DDP, FSDP 2 or ZeRO-2"
+        )
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

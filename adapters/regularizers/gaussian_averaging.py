@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..sharded import check_trained_weights, spread_like
 from .base import Regularizer, Run, State
 
 
@@ -53,7 +54,7 @@ class GaussianAveraging(Regularizer):
         std: σ > 0, in epochs.
 
     Raises:
-        ValueError: σ ≤ 0.
+        ValueError: σ ≤ 0; before training, weights that are empty in this process.
 
     Example:
         >>> model = graftune.wrap(clip, LoraConfig(), regularizers=[GaussianAveraging(15, 1)])
@@ -68,6 +69,10 @@ class GaussianAveraging(Regularizer):
             raise ValueError(f"`std` must be greater than 0, got {self.std!r}")
         self._sums: dict[str, Tensor] = {}
         self._weight = 0.0  # what the sums' weights add up to
+
+    def check(self, model: nn.Module) -> None:
+        """Raise when the weights are not here."""
+        check_trained_weights(model, "GaussianAveraging averages weights")
 
     def start(self, run: Run) -> None:
         """Start an empty sum."""
@@ -99,4 +104,4 @@ class GaussianAveraging(Regularizer):
         """Go on with a sum."""
         self._weight = state["weight"]
         for name, total in self._sums.items():
-            total.copy_(state["sums"][name])
+            self._sums[name] = spread_like(state["sums"][name], total)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..sharded import spread_like, whole
+from ..sharded import check_trained_weights, spread_like, whole
 from ..weights import weight_changes
 from .base import Regularizer, Run, State, Step
 
@@ -67,11 +67,7 @@ class L2ToStart(Regularizer):
 
     def check(self, model: nn.Module) -> None:
         """Raise when the method has no ΔW to measure, or the weights are not here."""
-        if any(p.requires_grad and not p.numel() for p in model.parameters()):
-            raise ValueError(
-                "L2ToStart measures weights, and those of this process are empty (DeepSpeed ZeRO-3 "
-                "or FSDP 1); train with DDP, FSDP 2 or ZeRO-2"
-            )
+        check_trained_weights(model, "L2ToStart measures weights")
         if self.of == "merged" and not list(weight_changes(model)):
             raise TypeError(
                 "L2ToStart(of='merged') needs an adapter that changes weights, and the active one "

@@ -84,12 +84,14 @@ def test_the_trainer_asks_before_it_trains(tmp_path: Path, monkeypatch: pytest.M
         )
 
 
-def test_empty_weights_have_no_distance() -> None:
+def test_empty_weights_have_no_distance_and_no_mean() -> None:
     # As DeepSpeed ZeRO-3 leaves them outside of the forward pass.
     model = nn.Linear(2, 2)
     model.weight = nn.Parameter(torch.empty(0))
     with pytest.raises(ValueError, match=r"those of this process are empty.*ZeRO-3"):
         graftune.L2ToStart().check(model)
+    with pytest.raises(ValueError, match=r"averages weights, and those of this process are empty"):
+        graftune.GaussianAveraging().check(model)
     graftune.FrozenDistillation().check(model)
     assert Run(model, 1, 1).trained()
 
