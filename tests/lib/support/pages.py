@@ -92,8 +92,13 @@ def _run_blocks(page: Path, folder: Path, log: Path) -> None:
     os.chdir(folder)
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ["HF_HUB_OFFLINE"] = "1"
-    # A reader has only what is installed.
-    sys.path[:] = [entry for entry in sys.path if not Path(entry or ".").is_relative_to(ROOT)]
+    # A reader has only what is installed, which may be in an environment below the root.
+    sys.path[:] = [
+        entry
+        for entry in sys.path
+        if Path(entry or ".").is_relative_to(sys.prefix)
+        or not Path(entry or ".").is_relative_to(ROOT)
+    ]
     warnings.filterwarnings("error", category=FutureWarning)
     # PEFT and TRL ask transformers for names of old.
     for name in ("is_gradient_checkpointing", "gradient_checkpointing"):
