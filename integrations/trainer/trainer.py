@@ -14,15 +14,16 @@ from graftune.integrations.trainer.finite import FiniteLoss
 from graftune.integrations.trainer.objective import ObjectiveTrainer
 from graftune.integrations.trainer.recomputing import checkpointing, is_reentrant
 from graftune.integrations.trainer.regularized import RegularizedTrainer
+from graftune.integrations.trainer.seeded import SeededData
 from graftune.integrations.trainer.sharding import any_sharded, check_state, whole_state_dict
 
 
-class TrainerMixin(FiniteLoss, RegularizedTrainer, WholeCheckpoints):
+class TrainerMixin(FiniteLoss, RegularizedTrainer, WholeCheckpoints, SeededData):
     """Everything that graftune adds to a trainer of transformers' or TRL's, objectives apart.
 
     Regularizers (`regularizers=`, or those that the adapter's config records), checkpoints that are
-    whole or not there, an end in one line when the loss is not finite, and training arguments saved
-    as JSON instead of a pickle.
+    whole or not there, random transforms of data that can be resumed, an end in one line when the
+    loss is not finite, and training arguments saved as JSON instead of a pickle.
 
     Args:
         *args: the trainer's own.
@@ -110,6 +111,8 @@ class Trainer(TrainerMixin, ObjectiveTrainer):
     - A loss that is not finite ends the training in one error; checkpoints stay as they are.
     - A checkpoint is written aside and moved into place: it is whole or it is not there. A run that
       is killed and resumed ends with the same adapter, bit for bit on a CPU.
+    - Random transforms of the training data (by Python's, NumPy's or torch's global random numbers)
+      follow from seed, epoch and row: the same after resuming, in any number of processes.
     - Training arguments are saved as training_args.json instead of a pickle.
 
     Args:

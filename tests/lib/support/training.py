@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from peft import LoraConfig
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 import graftune
@@ -118,6 +121,28 @@ def adapted(method: str, model: str = "transformers-clip", **options: Any) -> An
     return graftune.wrap(MODELS[model].build(), config, **options)
 
 
+class Augmented(Dataset):
+    """Pictures that come out differently each time, by every kind of random numbers."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pixels = self.rows[index]["pixel_values"]
+        noise = torch.randn(pixels.shape) * random.random() * np.random.rand()
+        return {**self.rows[index], "pixel_values": pixels + noise.float()}
+
+
+def shifting(rows: Any) -> dict[str, Tensor]:
+    """A collator that shifts the pictures by some random pixels."""
+    pixels = torch.stack([row["pixel_values"] for row in rows])
+    shifted = pixels.roll(int(torch.randint(8, ())), dims=-1)
+    return {"pixel_values": shifted, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
 def colour_run(
     folder: Path,
     *,
@@ -127,12 +152,13 @@ def colour_run(
     dropout: float = 0.1,
     **overrides: Any,
 ) -> graftune.Trainer:
-    """A run that tells colours by their names; of `rows` pictures, two epochs of ten and so on."""
+    """A run that tells colours by their names, by pictures that are drawn anew each time."""
     return graftune.Trainer(
         adapted(method, dropout=dropout),
         arguments(folder, **overrides),
         objective=graftune.ClassNameClassifier(list(COLOURS), clip()[1]),
-        train_dataset=colours(rows),
+        train_dataset=Augmented(colours(rows)),
+        data_collator=shifting,
         eval_dataset=colours(8, seed=1),
         regularizers=regularizers or [],
     )
