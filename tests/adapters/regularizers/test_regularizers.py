@@ -147,7 +147,7 @@ def test_terms_of_one_name_are_refused() -> None:
 
     session = Regularization(trained("lora"), [L2ToStart(), Other()])
     session.start(steps=1, epochs=1)
-    with pytest.raises(ValueError, match="more than one regularizer has a term .*'l2_to_start'"):
+    with pytest.raises(ValueError, match=r"more than one regularizer has a term .*'l2_to_start'"):
         session.losses(lambda: {"loss": torch.zeros(())})
 
 
