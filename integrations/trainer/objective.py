@@ -65,6 +65,19 @@ class ObjectiveTrainer(transformers.Trainer):
             if hasattr(objective, "preprocess_logits_for_metrics"):
                 self.preprocess_logits_for_metrics = self._objective_preprocess
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Search as transformers does, where the loss is the model's own.
+
+        Raises:
+            ValueError: the trainer has an objective.
+        """
+        if self.objective is not None:
+            raise ValueError(
+                "transformers' hyperparameter_search keeps its score as `objective`, where this "
+                "trainer keeps its own; call optuna around `Trainer(...).train()` instead"
+            )
+        return super().hyperparameter_search(*args, **kwargs)
+
     def _keep_to_one_gpu_per_process(self) -> None:
         # nn.DataParallel would scatter the class texts over the GPUs as if they were images.
         if self.args.n_gpu > 1:

@@ -206,6 +206,10 @@ class RegularizedTrainer(SomeTrainer):
 
     def _start(self, steps: int, epochs: int) -> None:
         """Start the regularizers, from a checkpoint if the run is resumed from one."""
+        # `model_init` makes another model for each run.
+        self.regularization.model = self.accelerator.unwrap_model(
+            self.model, keep_torch_compile=False
+        )
         self.regularization.start(steps, epochs)
         self._terms, self._logged_at = {}, self.state.global_step
         if self._resumed_from is None or not self.regularization.regularizers:

@@ -16,10 +16,10 @@ REGULARIZED = ["class names, regularized, labels missing", "causal LM, own loss,
 @pytest.mark.parametrize("name", REGULARIZED)
 def test_losses_are_those_of_the_eager_model(name: str, tmp_path: Path) -> None:
     torch.compiler.reset()
-    eager = case_run(name, tmp_path, max_steps=3)
+    eager = case_run(name, tmp_path, max_steps=2)
     eager.train()
     compiled = case_run(
-        name, tmp_path, max_steps=3, torch_compile=True, torch_compile_backend="aot_eager"
+        name, tmp_path, max_steps=2, torch_compile=True, torch_compile_backend="aot_eager"
     )
     compiled.train()
     assert compiled.accelerator.state.dynamo_plugin.backend.value == "AOT_EAGER"

@@ -57,7 +57,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def test_at_random_steps(uninterrupted: bytes, tmp_path: Path) -> None:
     draw = random.Random(0)
-    for number in range(4):
+    for number in range(3):
         steps = sorted(draw.sample(range(1, 7), k=2))
         kills = [(draw.choice(MOMENTS[:3]), step, 0) for step in steps]
         assert survive(tmp_path / str(number), kills, RUN) == uninterrupted, kills

@@ -44,7 +44,7 @@ def test_bf16_autocast_and_resuming(method: str, tmp_path: Path) -> None:
     exact.train()
     assert losses(whole) != losses(exact)
     # Later steps start from other weights.
-    assert losses(whole)[:2] == pytest.approx(losses(exact)[:2], rel=0.02)
+    assert losses(whole)[0] == pytest.approx(losses(exact)[0], rel=0.01)
     assert_float32(whole, tmp_path / "whole")
     resumed = run(tmp_path / "resumed", bf16=True)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))

@@ -233,6 +233,31 @@ def test_a_checkpoint_of_other_regularizers_is_refused(tmp_path: Path) -> None:
         other.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-2"))
 
 
+def test_each_model_of_model_init_is_regularized(tmp_path: Path) -> None:
+    made: list[Any] = []
+
+    def make() -> Any:
+        torch.manual_seed(1)
+        made.append(graftune.wrap(clip()[0], "flora", r=2))
+        return made[-1]
+
+    run = graftune.Trainer(
+        args=arguments(tmp_path, max_steps=2),
+        model_init=make,
+        objective=graftune.ClassNameClassifier(list(COLOURS), clip()[1]),
+        train_dataset=colours(16),
+        regularizers=[graftune.L2ToStart(10.0)],
+    )
+    run.train()
+    run.train()
+    assert run.model is made[-1]
+    assert run.regularization.model is made[-1]
+    rows = [row["l2_to_start"] for row in run.state.log_history if "l2_to_start" in row]
+    assert rows[0] == 0 < rows[1]
+    with pytest.raises(ValueError, match="hyperparameter_search keeps its score"):
+        run.hyperparameter_search()
+
+
 def test_two_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="more than one regularizer of the name 'l2_to_start'"):
         trainer(tmp_path, [graftune.L2ToStart(), graftune.L2ToStart()])

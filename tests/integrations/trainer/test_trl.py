@@ -82,7 +82,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "label smoothing": {"label_smoothing_factor": 0.1},
     "completions": {"data": Dataset.from_list(PAIRS)},
     "packed": {"packing": True, "max_length": 16},
-    "no checkpointing": {"gradient_checkpointing": False},
 }
 
 
