@@ -25,6 +25,7 @@ import graftune
 from embedded.model import load_clip
 from embedded.task import TEMPLATE, FewShotTask, features_of, few_shot_task
 from graftune.integrations.data.images import ImageCollator
+from graftune.integrations.protocols import harmonic_mean
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MEASURES = ("base", "novel", "harmonic mean", "kept")
@@ -67,11 +68,6 @@ class Claim:
     text: str
     holds: bool
     numbers: str = field(default="")
-
-
-def harmonic_mean(base: float, novel: float) -> float:
-    """Return 2bn / (b + n), 0 where either is 0."""
-    return 2 * base * novel / (base + novel) if base and novel else 0.0
 
 
 def scores(model: nn.Module, processor: Any, task: FewShotTask, split: str) -> dict[str, float]:

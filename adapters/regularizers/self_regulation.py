@@ -23,9 +23,9 @@ def self_regulation_terms(
     image: Tensor,
     frozen_image: Tensor,
     *,
-    text_weight: float = 25.0,
-    image_weight: float = 10.0,
-    logits_weight: float = 1.0,
+    text_weight: float,
+    image_weight: float,
+    logits_weight: float,
 ) -> dict[str, Tensor]:
     """Return the three terms whose sum is `self_regulation_loss`, by name."""
     log_p, log_q = F.log_softmax(logits, dim=-1), F.log_softmax(frozen_logits, dim=-1)

@@ -14,23 +14,12 @@ from graftune.commands.errors import UsageError
 from graftune.commands.options import TrainOptions
 from graftune.integrations.base_models import BaseModel
 from graftune.integrations.families import recognise
+from graftune.integrations.hub.facts import BOOKKEEPING
 from graftune.recipes import recipes
 from graftune.wrap import wrap
 
-# Fields of every PEFT config that say nothing about the method: filled in, or options of their own.
-BOOKKEEPING = frozenset(
-    {
-        "auto_mapping",
-        "base_digest",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_type",
-        "peft_version",
-        "regularizers",
-        "revision",
-        "task_type",
-    }
-)
+# Fields of every PEFT config that are filled in, or options of their own.
+NO_SETTINGS = BOOKKEEPING | {"regularizers"}
 
 
 def check_method(options: TrainOptions) -> None:
@@ -41,7 +30,7 @@ def check_method(options: TrainOptions) -> None:
         ValueError: an unknown regularizer or setting.
     """
     config_fields = dataclasses.fields(config_class(options.recipe))
-    fields = {f.name for f in config_fields if f.init} - BOOKKEEPING
+    fields = {f.name for f in config_fields if f.init} - NO_SETTINGS
     for name in options.adapter_fields:
         if name not in fields:
             raise UsageError(

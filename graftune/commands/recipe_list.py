@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from graftune.commands.adapt import BOOKKEEPING
+from graftune.commands.adapt import NO_SETTINGS
 from graftune.commands.parsing import OptionParser
 from graftune.commands.report import add_json, as_text, show, table
 from graftune.recipes import Recipe, recipes
@@ -37,7 +37,7 @@ def contents(recipe: Recipe) -> dict[str, Any]:
             "help": f.metadata.get("help", ""),
         }
         for f in dataclasses.fields(config)
-        if f.name not in BOOKKEEPING
+        if f.name not in NO_SETTINGS
     ]
     return {
         "paper": recipe.paper,

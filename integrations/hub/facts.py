@@ -16,7 +16,7 @@ from graftune.adapters.config import GraftConfig
 from graftune.adapters.folder import check_files, open_tensors, read_config
 
 # Fields of a config that say nothing about the method, or are shown by themselves.
-_BOOKKEEPING = frozenset(
+BOOKKEEPING = frozenset(
     {
         "auto_mapping",
         "base_digest",
@@ -135,7 +135,7 @@ def _settings(config: PeftConfig) -> dict[str, Any]:
     return {
         name: sorted(value) if isinstance(value, set) else value
         for name, value in sorted(config.to_dict().items())
-        if name not in _BOOKKEEPING and value != defaults.get(name)
+        if name not in BOOKKEEPING and value != defaults.get(name)
     }
 
 
