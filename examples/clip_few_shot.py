@@ -332,8 +332,7 @@ def main() -> None:
         say(f"Written to {folder}: adapter, results.json, predictions.png")
         command = [sys.executable, __file__, "--verify", str(folder)]
         subprocess.run(command, check=True)
-    trainer.accelerator.wait_for_everyone()  # the others while the first one writes
-    trainer.accelerator.end_training()
+    trainer.end()
 
 
 if __name__ == "__main__":

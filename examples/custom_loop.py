@@ -77,6 +77,7 @@ def train(
     regularization.end()
     bare = accelerator.unwrap_model(model)
     bare.save_pretrained(output / "adapter", is_main_process=accelerator.is_main_process)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return losses
 

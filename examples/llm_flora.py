@@ -15,8 +15,9 @@ against those of the base model.
 
 Each batch also has questions on other topics, with the base model's answers, in which nothing is to
 be learnt: without a regularizer they do nothing. In the runs with `distillation`,
-`graftune.FrozenDistillation` keeps the model there, and in the sentences of the task, where it was;
-the frozen model is the same model with its adapter off.
+`graftune.FrozenDistillation` keeps the model there, and in the sentences to be entered, where it
+was: `graftune.CausalLM(compared="unlabelled")` compares all tokens that have no label. The frozen
+model is the same model with its adapter off.
 
 LoRA has the rank at which it trains the closest number of parameters. Results are written after
 each run, and a run that is there is not made again. Every option of
@@ -88,7 +89,7 @@ class Options:
     sentences: int = option(240, "Training sentences.")
     rehearsal: int = option(60, "Questions among them in which nothing is to be learnt.")
     held_out: int = option(150, "Sentences to ask about.")
-    questions: int = option(120, "Questions of all kinds to ask.")
+    questions: int = option(240, "Questions of all kinds to ask.")
     windows: int = option(40, "Pieces of text of 64 tokens.")
     results: str = option("outputs/llm_flora/results.json", "Where the results are kept.")
 
@@ -195,21 +196,6 @@ def answer_scores(before: list[Tensor], after: list[Tensor]) -> dict[str, float]
     }
 
 
-class TaskAndRest(graftune.CausalLM):
-    """Learns the tokens that have labels, and shows regularizers those that have none."""
-
-    def forward(self, model: nn.Module, input_ids: Tensor, **inputs: Any) -> dict[str, Any]:
-        """Return what `graftune.CausalLM` returns, with the other tokens as mask."""
-        result = super().forward(model, input_ids, **inputs)
-        if "mask" in result:
-            result["mask"] = inputs["attention_mask"].bool() & ~result["mask"]
-        return result
-
-
-def _divergence(before: Tensor, after: Tensor) -> Tensor:
-    return F.kl_div(after, before, reduction="none", log_target=True).sum(-1)
-
-
 def attach(method: str, rank: int) -> Any:
     """Return the pretrained model with an adapter."""
     model, _ = load_smollm2()
@@ -268,7 +254,7 @@ class Comparison:
         trainer = graftune.Trainer(
             model,
             dataclasses.replace(self.args, seed=seed, learning_rate=rate),
-            objective=TaskAndRest(),
+            objective=graftune.CausalLM(compared="unlabelled"),
             regularizers=[graftune.FrozenDistillation(weight)] if regularizer else [],
             train_dataset=rows_of(sentences, self.tokenizer) + self.rehearsal,
             data_collator=self.collate,

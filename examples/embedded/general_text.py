@@ -5,8 +5,8 @@
     questions()[0]           # "What is the capital of Norway?"
     reference_text()[:60]    # of Python's language reference
 
-The questions are written here, by topic: half of the topics are there to be trained on
-("rehearsal"), the other half to ask ("asked"). The text is Python's own language reference, as its
+The questions are written here, by topic: some topics are there to be trained on ("rehearsal"), the
+others to ask ("asked"). The text is Python's own language reference, as its
 help system has it in every installation (PSF licence).
 """
 
@@ -47,6 +47,39 @@ ASKED = {
         "cheese, gold is heavy, bats are blind, glass is made of sand, birds have feathers, "
         "diamonds are soft, honey is sweet, lead is lighter than air"
     ),
+    "In which season {}?": (
+        "do leaves fall, does snow melt, do people ski, are strawberries picked, do birds fly "
+        "south, is grain harvested, do tulips bloom, are days the longest, is it the coldest, do "
+        "people swim in lakes, are pumpkins carved, do lambs come into the world, are apples "
+        "picked, do bears wake up, do ponds freeze, are mushrooms gathered, do cherry trees "
+        "bloom, are nights the longest, do people rake leaves, is grass mown"
+    ),
+    "How do you say '{}' in Spanish?": (
+        "good morning, thank you, house, water, friend, bread, book, please, night, green, mother, "
+        "brother, milk, street, school, goodbye, window, table, yesterday, shoe"
+    ),
+    "Who {}?": (
+        "wrote Hamlet, painted the Mona Lisa, discovered penicillin, invented the telephone, "
+        "walked on the moon first, composed the Ninth Symphony, wrote Don Quixote, proposed the "
+        "theory of relativity, was the first president of the United States, sailed to America in "
+        "1492, wrote The Origin of Species, found the law of gravity, painted Guernica, wrote "
+        "The Odyssey, invented the light bulb, discovered radium, wrote War and Peace, built the "
+        "first printing press, sculpted David, wrote Faust"
+    ),
+    "What is made from {}?": (
+        "wool, flour, grapes, clay, steel, leather, rubber, olives, cocoa, cotton, sand, wood "
+        "pulp, tomatoes, sugar cane, gold, wax, soybeans, silk, cream, cabbage"
+    ),
+    "What do people need for {}?": (
+        "fishing, baking a cake, a camping trip, sewing, gardening, a wedding, playing chess, an "
+        "interview, painting a wall, skiing, a picnic, washing a car, climbing, an exam, a "
+        "journey by sea, a barbecue, mending a bicycle, making coffee, cutting hair, sending a "
+        "parcel"
+    ),
+    "Which word rhymes with '{}'?": (
+        "cat, light, rain, tree, stone, day, bell, moon, ring, gold, sand, fire, snow, king, ship, "
+        "boat, mouse, chair, blue, round"
+    ),
 }
 REHEARSAL = {
     "What color is {}?": (
@@ -83,7 +116,7 @@ REHEARSAL = {
 
 
 def questions(which: Literal["asked", "rehearsal"] = "asked") -> list[str]:
-    """Return 120 questions, topic by topic in turn; the two halves have no topic in common."""
+    """Return 240 or 120 questions, topic by topic in turn; the two have no topic in common."""
     topics = ASKED if which == "asked" else REHEARSAL
     by_topic = [
         [question.format(words) for words in things.split(", ")]

@@ -122,7 +122,7 @@ def evaluate(adapter: Published, options: EvalOptions, target: str | None = None
             "hardware": hardware(),
         }
         show(results, [metrics_table(before, after)], target)
-    trainer.accelerator.end_training()
+    trainer.end()
 
 
 def _name(options: EvalOptions) -> str:

@@ -92,8 +92,7 @@ def train(options: TrainOptions, args: TrainArguments) -> None:
         _tell(say, before, after, folder, unreadable)
         if options.push_to is not None:
             say(f"Published: {_publish(options.push_to, args, folder / ADAPTER, record)}")
-    trainer.accelerator.wait_for_everyone()  # the others while the first one writes
-    trainer.accelerator.end_training()
+    trainer.end()
 
 
 def _checkpoint(resume: str | None, folder: Path) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,15 +34,28 @@ class CausalLM(nn.Module):
     causal language models). It owns no weights. Tokens that PEFT's prompt methods put in front are
     cut from what it returns. "features" has "hidden", what enters the output embedding: (B, L, H).
 
+    Args:
+        compared: the positions at which regularizers compare logits with the frozen model's (the
+            returned "mask"): "labelled", those that the loss is of; or "unlabelled", the others
+            that are not padding, so that prompts, and texts without any label, keep the model
+            where it was and labels alone move it. Such a term is divided as the loss is: by the
+            number of labelled tokens.
+
     Raises:
-        ValueError: when called, labels out of range or of another shape than the tokens, or
-            features of a model without an output embedding.
+        ValueError: another `compared`; when called, labels out of range or of another shape than
+            the tokens, or features of a model without an output embedding.
         TypeError: when called, the model returns no logits.
 
     Example:
         >>> batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)(examples)
         >>> CausalLM()(model, **batch)["loss"].backward()
     """
+
+    def __init__(self, compared: Literal["labelled", "unlabelled"] = "labelled") -> None:
+        super().__init__()
+        if compared not in ("labelled", "unlabelled"):
+            raise ValueError(f"`compared` is 'labelled' or 'unlabelled', got {compared!r}")
+        self.compared = compared
 
     def forward(
         self,
@@ -75,6 +88,9 @@ class CausalLM(nn.Module):
         if labels is not None:
             self._check_labels(labels, input_ids, logits.shape[-1])
             result |= cross_entropy(logits, next_tokens(labels), num_items_in_batch)
+            if self.compared == "unlabelled":
+                tokens = inputs.get("attention_mask", torch.ones_like(input_ids)).bool()
+                result["mask"] = tokens & ~result["mask"]
         return result
 
     def items(self, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -77,6 +77,17 @@ class TrainerMixin(FiniteLoss, RegularizedTrainer, WholeCheckpoints, SeededData)
         if self.is_world_process_zero():
             refresh_card(folder, record)
 
+    def end(self) -> None:
+        """End the run as the trainer does, in all processes together: call it last in a script.
+
+        A process that ended while another was still writing, or whose process group outlived
+        Python because DDP's wrapper held it, would be aborted at times by gloo's threads.
+        """
+        self.accelerator.wait_for_everyone()
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        super().end()
+
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:

@@ -76,6 +76,27 @@ def test_tokens_of_prompt_tuning_are_cut() -> None:
     assert frozen.shape == output["logits"].shape
 
 
+def test_regularizers_compare_tokens_with_labels_or_those_without() -> None:
+    model = MODELS["transformers-llama"].build()
+    given = batch()
+    given["labels"][:, :3] = -100
+    labelled = CausalLM()(model, **given)
+    others = CausalLM(compared="unlabelled")(model, **given)
+    torch.testing.assert_close(others["loss"], labelled["loss"])
+    tokens = given["attention_mask"].bool()
+    assert torch.equal(labelled["mask"] | others["mask"], tokens)
+    assert not (labelled["mask"] & others["mask"]).any()
+    assert torch.equal(
+        CausalLM(compared="unlabelled")(model, **_without_mask(given))["mask"][0], others["mask"][0]
+    )
+    with pytest.raises(ValueError, match="'labelled' or 'unlabelled', got 'all'"):
+        CausalLM(compared="all")
+
+
+def _without_mask(given: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if key != "attention_mask"}
+
+
 def test_metrics_are_those_of_all_tokens_together() -> None:
     model, objective = MODELS["transformers-llama"].build(), CausalLM()
     batches = [batch(), batch((3, 5)), batch((2,))]
