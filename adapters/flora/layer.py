@@ -12,7 +12,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .config import FloraConfig
 from .functional import concatenate, tucker_weight
@@ -247,20 +246,3 @@ def dense_delta(
     if dtype is not None:
         core, factors = core.to(dtype), [factor.to(dtype) for factor in factors]
     return tucker_weight(core, factors, scale)
-
-
-def call_with(
-    module: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Call a module with other tensors in the place of some of its own parameters."""
-    # FSDP lays gathered weights over the parameters, where `functional_call` does not reach.
-    laid_over = {name: module.__dict__[name] for name in tensors if name in module.__dict__}
-    if not laid_over:
-        return functional_call(module, tensors, args, kwargs)
-    module.__dict__.update(tensors)
-    try:
-        return module(*args, **kwargs)
-    finally:
-        for name in tensors:
-            del module.__dict__[name]
-        module.__dict__.update(laid_over)

@@ -9,25 +9,14 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    _get_tuner_state_dict_key_prefixes,
-    _is_key_under_prefixes,
-    check_target_module_exists,
-    onload_layer,
-)
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    ModulesToSaveWrapper,
-    get_quantization_kwargs,
-)
-from peft.utils.integrations import init_empty_weights
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, get_quantization_kwargs
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from ..layer_types import CONVOLUTIONS, TRANSPOSED, parameter_shape
 from ..messages import listing, nearest
-from ..modules import is_target_parameter, without_base_layers
-from ..tuner import GraftTuner
+from ..placing import WeightTuner
 from .batches import mixed_batch
 from .combine import combined_config, places
 from .config import FloraConfig
@@ -37,20 +26,15 @@ from .functional import resolve_ranks
 from .layer import FloraLayer
 from .linear import Linear
 from .parameter import FloraParameters
-from .shapes import CONVOLUTIONS, TRANSPOSED, parameter_shape, projection_names, weight_shape
-from .targets import (
-    has_no_input,
-    rank_setting,
-    scale_setting,
-    shapes_at,
-)
+from .shapes import weight_shape
+from .targets import has_no_input, rank_setting, scale_setting, shapes_at
 from .weight import FloraWeight
 
 # These read the weights of their linear layers at least at times, instead of calling the layers.
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-class FloraModel(GraftTuner):
+class FloraModel(WeightTuner):
     """A model with FLoRA adapters: W' = W + s · G ×_0 U_0 ... ×_{N-1} U_{N-1} (arXiv 2405.14739).
 
     Args:
@@ -67,9 +51,8 @@ class FloraModel(GraftTuner):
 
     prefix = "flora_"
     tuner_layer_cls = FloraLayer
-    _injected: tuple[str, bool, dict[str, torch.Tensor] | None] | None = None
+    parameter_layer_cls = FloraParameters
     peft_config: dict[str, Any]  # of `FloraConfig`s
-    target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # What fits where.
 
@@ -100,14 +83,12 @@ class FloraModel(GraftTuner):
         self._too_large: list[str] = []
         self._without_dropout: list[str] = []
         self._keys: set[str] = set()
-        self._injected = (adapter_name, low_cpu_mem_usage, state_dict)
         with warnings.catch_warnings():
             # PEFT knows the modules that a pattern may mean, not the parameters.
             warnings.filterwarnings("ignore", "The following rank_pattern keys did not match")
             super().inject_adapter(
                 model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
             )
-        self._injected = None
         self._warn_of_idle_patterns(self.peft_config[adapter_name])
         self._warn_of_missing_dropout(self.peft_config[adapter_name])
         if self._cut:
@@ -145,90 +126,7 @@ class FloraModel(GraftTuner):
                     stacklevel=3,
                 )
 
-    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        # The last step of an injection, and the place for what PEFT's own loop leaves out: it
-        # passes over whatever is inside a layer, and modules inside a module whose parameters are
-        # adapted are inside one.
-        if self._injected is not None:
-            self._inject_inner(model, *self._injected)
-        super()._mark_only_adapters_as_trainable(model)
-
-    def _inject_inner(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        low_cpu_mem_usage: bool,
-        state_dict: dict[str, torch.Tensor] | None,
-    ) -> None:
-        config = self.peft_config[adapter_name]
-        named = {key.rpartition(f".{self.prefix}")[0] for key in state_dict or ()}
-        for path, outer in list(model.named_modules()):
-            if not isinstance(outer, FloraParameters):
-                continue
-            for name, module in list(outer.base_layer.named_modules(prefix=f"{path}.base_layer")):
-                key, (parent_path, _, child_name) = without_base_layers(name), name.rpartition(".")
-                if module is outer.base_layer or child_name == "base_layer":
-                    continue
-                is_target = (
-                    key in named
-                    if state_dict is not None
-                    else config.target_modules and check_target_module_exists(config, key)
-                )
-                if is_target and adapter_name not in getattr(module, "scaling", ()):
-                    parent = model.get_submodule(parent_path)
-                    with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                        self._create_and_replace(
-                            config, adapter_name, module, child_name, parent, key
-                        )
-                    self.targeted_module_names.append(key)
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        if peft_config.target_modules is None:
-            defaults = self.target_module_mapping.get(model_config.get("model_type", ""))
-            if defaults is not None:
-                peft_config.target_modules = (
-                    defaults if isinstance(defaults, str) else set(defaults)
-                )
-            elif not peft_config.target_parameters:
-                raise ValueError(
-                    "Please specify `target_modules` or `target_parameters` in `peft_config`: "
-                    "there are no default targets for this model"
-                )
-        return peft_config
-
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if isinstance(parent, FloraParameters):
-            parent = parent.base_layer
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if parameter_name is not None:
-            names = [parameter_name]
-        elif isinstance(base, nn.MultiheadAttention):
-            self._create_and_replace(
-                peft_config,
-                adapter_name,
-                base.out_proj,
-                "out_proj",
-                base,
-                f"{current_key}.out_proj",
-            )
-            names = projection_names(base)
-        else:
-            self._adapt_module(peft_config, adapter_name, target, target_name, parent, current_key)
-            return
-        self._adapt_parameters(
-            peft_config, adapter_name, target, target_name, parent, current_key, names
-        )
-
-    def _adapt_module(
+    def adapt_module(
         self,
         config: FloraConfig,
         adapter_name: str,
@@ -258,7 +156,7 @@ class FloraModel(GraftTuner):
         self._replace_module(parent, target_name, layer, target)
         self._activate(layer, config)
 
-    def _adapt_parameters(
+    def adapt_parameters(
         self,
         config: FloraConfig,
         adapter_name: str,
@@ -283,16 +181,6 @@ class FloraModel(GraftTuner):
         self._replace_module(parent, target_name, layer, target)
         self._activate(layer, config)
 
-    def _activate(self, layer: FloraLayer, config: FloraConfig) -> None:
-        # A layer that comes with a further adapter follows the model's active ones.
-        layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
-    ) -> None:
-        # Layers place their tensors themselves; there is nothing else to carry over.
-        setattr(parent, child_name, new_module)
-
     def _note_sizes(self, key: str, r: int | list[int], shape: tuple[int, ...]) -> None:
         self._keys.add(key)
         ranks = resolve_ranks(r, shape)
@@ -302,54 +190,20 @@ class FloraModel(GraftTuner):
         if numbers >= math.prod(shape):
             self._too_large.append(key)
 
-    def _inject_parameters(
-        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
-    ) -> list[str]:
-        """Adapt what `target_parameters` names; return the names found."""
-        found = []
-        adapters = _get_tuner_state_dict_key_prefixes(model)
-        for path, module in list(model.named_modules()):
-            if isinstance(module, BaseTunerLayer) or _is_key_under_prefixes(path, adapters):
-                continue
-            key = without_base_layers(path)
-            for name, _ in list(module.named_parameters(recurse=False)):
-                if not is_target_parameter(peft_config, f"{key}.{name}"):
-                    continue
-                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                    self._inject_parameter(peft_config, adapter_name, model, path, key, name)
-                found.append(f"{key}.{name}")
-        return found
+    def comes_with_module(self, target: nn.Module, adapter_name: str, key: str, name: str) -> bool:
+        """Say whether a parameter that `target_parameters` names is adapted with its module.
 
-    def _inject_parameter(
-        self,
-        config: FloraConfig,
-        adapter_name: str,
-        model: nn.Module,
-        path: str,
-        key: str,
-        name: str,
-    ) -> None:
-        if not path:
-            raise ValueError(
-                f"the parameter {name!r} belongs to the model itself and cannot be targeted: only "
-                "parameters of modules inside the model can"
-            )
-        # The outermost layer around the module stands for it in its parent.
-        while path.endswith(".base_layer"):
-            path = path.removesuffix(".base_layer")
-        target = model.get_submodule(path)
-        parent_path, _, target_name = path.rpartition(".")
-        parent = model.get_submodule(parent_path)
+        Raises:
+            ValueError: its module is adapted, too.
+        """
         if isinstance(target, FloraWeight):
             if adapter_name in target.scaling and target.weight_is_read and name == "weight":
-                return  # came with its attention
+                return True  # came with its attention
             raise ValueError(
                 f"the parameter {key}.{name} cannot be adapted by itself: its module is adapted, "
                 "too. Name it in only one of `target_modules` and `target_parameters`"
             )
-        if isinstance(target, FloraParameters) and target.adapts(name, adapter_name):
-            return  # came with its module
-        self._create_and_replace(config, adapter_name, target, target_name, parent, key, name)
+        return super().comes_with_module(target, adapter_name, key, name)
 
     # Several adapters.
 
@@ -425,24 +279,6 @@ class FloraModel(GraftTuner):
         self.inject_adapter(self.model, adapter_name)
         for place, layer in places(self.model, [adapter_name]).items():
             layer.load_tensors(adapter_name, place[1] or "weight", tensors[place])
-
-    # Merging.
-
-    def unmerge_adapter(self) -> None:
-        """Restore the base weights bit for bit."""
-        # Backwards: two layers that share a tied weight each put back what they found.
-        for module in reversed(list(self.model.modules())):
-            if isinstance(module, BaseTunerLayer):
-                with onload_layer(module):
-                    module.unmerge()
-
-    # Saving: one name for a tensor, whatever other layers stand around its layer.
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        head, dot, tail = key.rpartition(f".{cls.prefix}")
-        key = f"{without_base_layers(head)}{dot}{tail}"
-        return super()._remove_adapter_name_from_key(key, adapter_name)
 
 
 def _layer_class(base: nn.Module) -> type[FloraWeight]:

@@ -8,10 +8,11 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..layer_types import parameter_shape
+from ..substitute import call_with
 from .config import FloraConfig
 from .functional import init_tucker, resolve_ranks
-from .layer import FloraLayer, call_with
-from .shapes import parameter_shape
+from .layer import FloraLayer
 
 
 class FloraParameters(FloraLayer):

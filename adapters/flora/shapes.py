@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 from peft.utils import resolve_quantization_backend
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+from ..layer_types import CONVOLUTIONS, TRANSPOSED
+
 SUPPORTED = (nn.Linear, Conv1D, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding)
 
 
@@ -39,18 +39,6 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
         f"modules of type {type(module).__name__} are not supported. Supported are {names}, "
         "`torch.nn.MultiheadAttention`, and parameters by name through `target_parameters`"
     )
-
-
-def parameter_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Return the whole shape of a parameter that DeepSpeed may have partitioned."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def projection_names(attention: nn.MultiheadAttention) -> list[str]:
-    """Return the names of the input projections' parameters: one if packed, three otherwise."""
-    if attention.in_proj_weight is not None:
-        return ["in_proj_weight"]
-    return ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
 
 
 def tensor_shapes(

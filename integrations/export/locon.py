@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
-from graftune.adapters.flora.shapes import CONVOLUTIONS, runs_as_defined
+from graftune.adapters.flora.shapes import runs_as_defined
+from graftune.adapters.layer_types import CONVOLUTIONS
 from graftune.adapters.messages import listing
 
 from ..families import recognise

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from graftune.adapters.flora.shapes import CONVOLUTIONS, runs_as_defined
+from graftune.adapters.flora.shapes import runs_as_defined
+from graftune.adapters.layer_types import CONVOLUTIONS
 
 from .changes import Change
 
