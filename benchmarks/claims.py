@@ -7,6 +7,9 @@ others. Every run's row is written as it is made, so that a run that was stopped
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
 import statistics
 import sys
 import tempfile
@@ -15,7 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
@@ -23,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import graftune
 from embedded.model import load_clip
+from embedded.results import Results
 from embedded.task import TEMPLATE, FewShotTask, features_of, few_shot_task
 from graftune.integrations.data.images import ImageCollator
 from graftune.integrations.protocols import harmonic_mean
@@ -31,6 +38,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 MEASURES = ("base", "novel", "harmonic mean", "kept")
 SEARCH_SEEDS = (100, 101)  # none of those that are reported
 Wrap = Callable[[nn.Module, Any], nn.Module]
+Measure = Callable[[nn.Module, Any, int, str], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,17 @@ class Variant:
         wrap: attaches the adapter, given the base model and its processor.
         rates: learning rates to choose from.
         of: the name of the variant whose rate it takes, instead of choosing one.
+        after: a variant that is trained before, at its own rate, and then stays as it is: `wrap` is
+            given its model.
+        measure: what else to measure, given the trained model, its processor, seed and split.
     """
 
     name: str
     wrap: Wrap
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     of: str | None = None
+    after: Variant | None = None
+    measure: Measure | None = None
 
 
 @dataclass(frozen=True)
@@ -84,24 +97,46 @@ def rows_of(task: FewShotTask) -> list[dict[str, Any]]:
 
 
 def train(
-    variant: Variant, rate: float, seed: int, split: str, settings: Settings
+    variant: Variant, rates: Mapping[str, float], seed: int, split: str, settings: Settings
 ) -> dict[str, float]:
-    """Train a variant on a seed's task, and return its scores on a split of it."""
+    """Train a variant on a seed's task, and return its scores on a split of it.
+
+    Args:
+        variant: what to train.
+        rates: learning rates, its own and that of the variant it comes after, by name.
+        seed: of the task and of all else that is drawn.
+        split: "validation" or "test".
+        settings: what all variants share.
+    """
     task = few_shot_task(seed=seed, shots=settings.shots)
-    base, processor = load_clip()
-    set_seed(seed)
+    model, processor = trained(variant, rates, task, settings)
+    found = scores(model, processor, task, split)
+    if variant.measure is not None:
+        found |= variant.measure(model, processor, seed, split)
+    return {**found, "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+
+
+def trained(
+    variant: Variant, rates: Mapping[str, float], task: FewShotTask, settings: Settings
+) -> tuple[nn.Module, Any]:
+    """Train a variant on a task, after the one it comes after; return the model and processor."""
+    if variant.after is None:
+        base, processor = load_clip()
+    else:
+        base, processor = trained(variant.after, rates, task, settings)
+    set_seed(task.seed)
     model = variant.wrap(base, processor)
     with tempfile.TemporaryDirectory() as folder:
         trainer = graftune.Trainer(
             model,
             TrainingArguments(
                 folder,
-                learning_rate=rate,
+                learning_rate=rates[variant.name],
                 num_train_epochs=settings.epochs,
                 per_device_train_batch_size=settings.batch,
                 lr_scheduler_type="cosine",
                 warmup_steps=0.1,
-                seed=seed,
+                seed=task.seed,
                 use_cpu=True,
                 save_strategy="no",
                 report_to="none",
@@ -113,8 +148,7 @@ def train(
             data_collator=ImageCollator(processor),
         )
         trainer.train()
-    found = scores(model, processor, task, split)
-    return {**found, "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    return model, processor
 
 
 def zero_shot(seed: int, split: str, settings: Settings) -> dict[str, float]:
@@ -122,7 +156,7 @@ def zero_shot(seed: int, split: str, settings: Settings) -> dict[str, float]:
     return scores(*load_clip(), few_shot_task(seed=seed, shots=settings.shots), split)
 
 
-def fill_in(variants: Sequence[Variant], results: Any, settings: Settings) -> None:
+def fill_in(variants: Sequence[Variant], results: Results, settings: Settings) -> None:
     """Fill in the rows that are missing: the search, then the test split at the chosen rates."""
     for seed in settings.seeds:
         if not results.has(variant="zero-shot", seed=seed, split="test"):
@@ -141,12 +175,15 @@ def fill_in(variants: Sequence[Variant], results: Any, settings: Settings) -> No
 
 
 def _fill(
-    variant: Variant, runs: Sequence[tuple[float, int, str]], results: Any, settings: Settings
+    variant: Variant, runs: Sequence[tuple[float, int, str]], results: Results, settings: Settings
 ) -> None:
     for rate, seed, split in runs:
         key = {"variant": variant.name, "rate": rate, "seed": seed, "split": split}
         if not results.has(**key):
-            found = train(variant, rate, seed, split, settings)
+            rates = {variant.name: rate}
+            if variant.after is not None:
+                rates[variant.after.name] = chosen_rate(results.rows, variant.after.name)
+            found = train(variant, rates, seed, split, settings)
             results.add({**key, **found})
             shown = ", ".join(f"{name} {found[name]:.1f}" for name in MEASURES)
             print(f"{variant.name}, rate {rate:g}, seed {seed}, {split}: {shown}", flush=True)
@@ -200,3 +237,58 @@ def plot(rows: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) ->
         axis.set_yticklabels([])
     figure.savefig(file, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
+    """Means and standard deviations over the seeds."""
+    shown = Table("%", title="Test split, mean and standard deviation over the seeds")
+    for measured in MEASURES:
+        shown.add_column(measured, justify="right")
+    shown.add_column("trained", justify="right")
+    for name in names:
+        cells = []
+        for measured in MEASURES:
+            values = test_scores(rows, name, measured)
+            cells.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}")
+        trained = next((row.get("trained", 0) for row in rows if row["variant"] == name), 0)
+        shown.add_row(name, *cells, f"{trained:,.0f}")
+    return shown
+
+
+def report(
+    description: str | None,
+    file: Path,
+    variants: Callable[[int], list[Variant]],
+    claims: Callable[[Sequence[dict[str, Any]]], list[Claim]],
+) -> None:
+    """Run a benchmark of claims as a script: measure what is missing, judge, print and plot.
+
+    Args:
+        description: what --help says.
+        file: where results go unless the command line says otherwise; the plot goes beside it.
+        variants: what is compared, given the number of epochs.
+        claims: judges the rows.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--results", type=Path, default=file)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=Settings.epochs)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    settings = Settings(epochs=args.epochs, seeds=tuple(range(args.seeds)))
+    compared = variants(args.epochs)
+    results = Results(args.results, dataclasses.asdict(settings))
+    fill_in(compared, results, settings)
+
+    names = ["zero-shot", *(variant.name for variant in compared)]
+    judged = claims(results.rows)
+    console = Console(width=120)
+    console.print(table(results.rows, names))
+    for claim in judged:
+        verdict = "[green]holds[/]" if claim.holds else "[red]does not hold[/]"
+        console.print(f"{verdict}: {claim.text} ({claim.numbers})")
+    plot(results.rows, names, args.results.with_suffix(".png"))
+    content = json.loads(args.results.read_text(encoding="utf-8"))
+    content["claims"] = [dataclasses.asdict(claim) for claim in judged]
+    args.results.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -15,36 +15,16 @@ A claim that the numbers do not bear out is printed as not holding.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-from claims import (
-    MEASURES,
-    RESULTS,
-    Claim,
-    Settings,
-    Variant,
-    difference,
-    fill_in,
-    paired,
-    plot,
-    test_scores,
-)
+from claims import RESULTS, Claim, Variant, difference, paired, report, test_scores
 from peft import LoraConfig
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import graftune
-from embedded.results import Results
 
-RESULT = RESULTS / "claims_promptsrc.json"
 # The task's template has three words before the name; prompts in all blocks of both towers.
 PROMPTS = {"init_text": "a picture of", "num_tokens_text": 3, "depth_text": 3, "depth_vision": 5}
 DEEP, FULL = "deep prompts", "PromptSRC"
@@ -115,47 +95,5 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[Claim]:
     return found
 
 
-def table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
-    """Means and standard deviations over the seeds."""
-    shown = Table("%", title="Test split, mean and standard deviation over the seeds")
-    for measured in MEASURES:
-        shown.add_column(measured, justify="right")
-    shown.add_column("trained", justify="right")
-    for name in names:
-        cells = []
-        for measured in MEASURES:
-            values = test_scores(rows, name, measured)
-            cells.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}")
-        trained = next((row.get("trained", 0) for row in rows if row["variant"] == name), 0)
-        shown.add_row(name, *cells, f"{trained:,.0f}")
-    return shown
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULT)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=Settings.epochs)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    settings = Settings(epochs=args.epochs, seeds=tuple(range(args.seeds)))
-    compared = variants(args.epochs)
-    results = Results(args.results, dataclasses.asdict(settings))
-    fill_in(compared, results, settings)
-
-    names = ["zero-shot", *(variant.name for variant in compared)]
-    judged = claims(results.rows)
-    console = Console(width=120)
-    console.print(table(results.rows, names))
-    for claim in judged:
-        verdict = "[green]holds[/]" if claim.holds else "[red]does not hold[/]"
-        console.print(f"{verdict}: {claim.text} ({claim.numbers})")
-    plot(results.rows, names, args.results.with_suffix(".png"))
-    content = json.loads(args.results.read_text(encoding="utf-8"))
-    content["claims"] = [dataclasses.asdict(claim) for claim in judged]
-    args.results.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    report(__doc__, RESULTS / "claims_promptsrc.json", variants, claims)

@@ -36,7 +36,6 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser, TrainingArguments
@@ -44,7 +43,7 @@ from transformers import HfArgumentParser, TrainingArguments
 import graftune
 from embedded.digits import digits_task, photograph_crops
 from embedded.efficientnet import load_efficientnet, transform
-from embedded.results import Results, table
+from embedded.results import Results, console, table
 from graftune.integrations.data import ImageCollator, pixels
 
 # Learning rate and weight of the distillation, chosen on the validation split for the best mean of
@@ -241,7 +240,7 @@ def settings_to_try(options: Options, method: str) -> Iterator[tuple[float, floa
 
 def main() -> None:
     options, args = HfArgumentParser((Options, Training)).parse_args_into_dataclasses()
-    say = Console().print
+    say = console().print
     unknown = [method for method in options.methods if method not in METHODS]
     if unknown:
         raise SystemExit(f"no method {unknown[0]!r}; there are {', '.join(METHODS)}")

@@ -38,14 +38,13 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, HfArgumentParser, TrainingArguments
 
 import graftune
 from embedded.general_text import questions, reference_text
-from embedded.results import Results, table
+from embedded.results import Results, console, table
 from embedded.smollm2 import load_smollm2
 from embedded.waybills import waybills_task
 from graftune.integrations.data.tokens import encode, windows
@@ -285,7 +284,7 @@ def main() -> None:
     unknown = [method for method in options.methods if method not in METHODS]
     if unknown:
         raise SystemExit(f"no method {unknown[0]!r}; there are {', '.join(METHODS)}")
-    say = Console().print
+    say = console().print
     results = Results(Path(options.results), settings_of(options, args))
     comparison = Comparison(options, args)
     base = {"method": "base model", "rank": None, "rate": None, "seed": None, "trained": 0}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, Any]
@@ -86,6 +87,11 @@ def _processor() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def console() -> Console:
+    """Return a console for wide tables: what is no terminal has no width of its own."""
+    return Console() if Console().is_terminal else Console(width=160)
 
 
 def table(title: str, rows: Iterable[Row], by: Sequence[str], columns: Mapping[str, str]) -> Table:
