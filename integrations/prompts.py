@@ -22,8 +22,8 @@ def fill_prompt_config(config: DeepPromptConfig, model: nn.Module, tokenizer: An
         tokenizer: the model's tokenizer or processor; None looks for it by the model's name.
 
     Raises:
-        ValueError: a tower that is to have prompts is not there, or the words are not as many
-            tokens as there are prompts.
+        ValueError: a tower that is to have prompts is not there, or the words are fewer
+            tokens than there are prompts.
     """
     text = text_places(model) if config.has_text else {}
     vision = vision_places(model) if config.has_vision else {}
@@ -91,13 +91,13 @@ def _word_ids(config: DeepPromptConfig, model: nn.Module, tokenizer: Any) -> lis
         # Any other tokenizer of open_clip: ids of a fixed length with start, end and padding.
         row = tokenizer([words])[0].tolist()
         ids = row[config.text_start : row.index(max(row))]
-    if len(ids) != config.num_tokens_text:
+    if len(ids) < config.num_tokens_text:
         raise ValueError(
             f"init_text={words!r} is {len(ids)} tokens and there are {config.num_tokens_text} text "
-            f"prompts; give num_tokens_text={len(ids)}, other words, or init_text=None to start at "
+            f"prompts; give num_tokens_text={len(ids)}, more words, or init_text=None to start at "
             "random"
         )
-    return list(ids)
+    return list(ids)[: config.num_tokens_text]
 
 
 def find_tokenizer(model: nn.Module) -> Any:

@@ -35,9 +35,9 @@ class DeepPromptConfig(GraftConfig):
         num_tokens_vision: the same for the vision tower.
         depth_text: in how many blocks there are prompts, at least 0; 1 is shallow.
         depth_vision: the same for the vision tower.
-        init_text: words whose embeddings the first block's text prompts start as, as many tokens as
-            there are prompts, or None for random ones; read by `graftune.wrap`.
-        init_token_ids: their ids.
+        init_text: words whose embeddings the first block's text prompts start as, at least as many
+            tokens as there are prompts, or None for random ones; read by `graftune.wrap`.
+        init_token_ids: the ids of as many tokens as there are prompts.
         text_embedding, text_blocks: names of the token embedding and the list of text blocks.
         text_start: position of the first prompt: 1 after a start of text, 0 where there is none.
         vision_entry, vision_blocks: name of the module whose input prompts are appended to (the

@@ -91,7 +91,7 @@ class DeepPromptModel(GraftTuner):
         tokens = _initial(peft_config, *shape.values())
         if is_text and peft_config.init_token_ids is not None and peft_config.init_weights:
             embedding = self.model.get_submodule(peft_config.text_embedding)
-            _start_as_words(tokens, embedding, peft_config.init_token_ids)
+            tokens = _start_as_words(tokens, embedding, peft_config.init_token_ids)
         layer.update_layer(adapter_name, tokens, peft_config.inference_mode)
 
     def _check_merge_allowed(self) -> None:
@@ -147,11 +147,13 @@ def _initial(config: DeepPromptConfig, shape: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def _start_as_words(tokens: Tensor, embedding: Any, ids: list[int]) -> None:
-    """Put the embeddings of words into the first block's prompts."""
+def _start_as_words(tokens: Tensor, embedding: Any, ids: list[int]) -> Tensor:
+    """Return prompts whose first block's are the embeddings of words, in the words' precision."""
     base: Any = embedding.get_base_layer() if isinstance(embedding, BaseTunerLayer) else embedding
-    words = base.weight[torch.tensor(ids, device=base.weight.device)]
-    tokens[0] = words.to(tokens.device, tokens.dtype)
+    if base.weight.is_meta:  # there is nothing to start as before weights are loaded
+        return tokens
+    words = base.weight[torch.tensor(ids, device=base.weight.device)].to(tokens.device)
+    return torch.cat([words[None], tokens[1:].to(words.dtype)])
 
 
 def _missing_places(config: DeepPromptConfig) -> list[str]:

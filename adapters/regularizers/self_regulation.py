@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..feature_cache import FeatureCache, frozen_state
 from ..frozen import frozen_base
+from ..precision import at_least_float32
 from .base import Need, Regularizer, Step
 from .templates import GENERAL_TEMPLATES
 
@@ -127,7 +129,7 @@ class SelfRegulation(Regularizer):
                     f"template {text!r} needs exactly one {{}} for the class name, as in 'a photo "
                     "of a {}.'"
                 )
-        self._frozen_text: tuple[Any, Tensor] | None = None
+        self._frozen_text = FeatureCache()
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -142,13 +144,16 @@ class SelfRegulation(Regularizer):
         with torch.no_grad():
             frozen_text = self._text_of(step.model, objective).to(frozen_image)
             frozen_logits = objective.logits(step.model, frozen_image, frozen_text)
+        compared = (
+            step.outputs["logits"],
+            frozen_logits,
+            objective.class_means(features["text"]),
+            frozen_text,
+            features["image"],
+            frozen_image,
+        )
         terms = self_regulation_terms(
-            step.outputs["logits"].float(),
-            frozen_logits.float(),
-            objective.class_means(features["text"]).float(),
-            frozen_text.float(),
-            features["image"].float(),
-            frozen_image.float(),
+            *map(at_least_float32, compared),
             text_weight=self.text_weight,
             image_weight=self.image_weight,
             logits_weight=self.logits_weight,
@@ -157,14 +162,17 @@ class SelfRegulation(Regularizer):
 
     def _text_of(self, model: nn.Module, objective: Any) -> Tensor:
         """The frozen text features of the objective's classes, (C, D), kept until these change."""
-        classes = tuple(objective.class_names)
-        if self._frozen_text is None or self._frozen_text[0] != classes:
+        template = tuple(self.templates or GENERAL_TEMPLATES)
+
+        def compute() -> Tensor:
             with frozen_base(model):
-                features = objective.class_features(
-                    model, template=self.templates or list(GENERAL_TEMPLATES), of_length_one=False
+                features: Tensor = objective.class_features(
+                    model, template=template, of_length_one=False
                 )
-            self._frozen_text = (classes, features)
-        return self._frozen_text[1]
+            return features
+
+        state = (tuple(objective.class_names), template, frozen_state(model))
+        return self._frozen_text.get(model, state, compute)
 
 
 def _encoder_of_names(objective: Any) -> Any:

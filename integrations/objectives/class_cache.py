@@ -1,62 +1,51 @@
-"""Text features of classes that are computed once, as long as nothing they come from changes."""
+"""When the text features of classes may be kept: the state of the model that they come from."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-
-class FeatureCache:
-    """Keeps one tensor by the state of the model that it was computed from.
-
-    Example:
-        >>> cache = FeatureCache()
-        >>> features = cache.get(model, state_of(model), lambda: encode(model))
-    """
-
-    def __init__(self) -> None:
-        self._model: Any = lambda: None
-        self._state: Any = None
-        self._features: torch.Tensor | None = None
-
-    def get(
-        self, model: nn.Module, state: Any, compute: Callable[[], torch.Tensor]
-    ) -> torch.Tensor:
-        """Return what was kept for this model in this state, or compute it and keep it."""
-        if self._features is None or self._model() is not model or self._state != state:
-            self._features, self._state = compute(), state
-            self._model = weakref.ref(model)
-        return self._features
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FeatureCache:
-        return FeatureCache()
-
-    def __reduce__(self) -> tuple[type[FeatureCache], tuple[()]]:
-        return FeatureCache, ()
+from graftune.adapters.feature_cache import places, precision
 
 
 @torch.no_grad()
 def state_of(model: nn.Module) -> tuple[Any, ...]:
     """Return what tells whether a model computes the same as before.
 
-    Where every parameter is and how often it was changed in place, which adapters are active, off
-    or merged, and, since changes through `.data` are not counted, sums over the adapter's numbers.
+    Where every parameter is and how often it was changed in place, in which precision the model
+    runs, which adapters are active, off or merged, and, since changes through `.data` are not
+    counted, sums over the adapter's numbers.
     """
     parameters = list(model.parameters())
-    places = tuple((p.data_ptr(), p._version) for p in parameters)
-    adapters = tuple(
-        (layer._disable_adapters, tuple(layer.active_adapters), tuple(layer.merged_adapters))
-        for layer in model.modules()
-        if isinstance(layer, BaseTunerLayer)
+    layers = [
+        m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    ]
+    switches = tuple(
+        (m._disable_adapters, tuple(m.active_adapters), tuple(getattr(m, "merged_adapters", ())))
+        for m in layers
     )
-    trained = [p.double() for p in parameters if p.requires_grad and not p.is_meta]
-    sums = [torch.stack([p.sum(), p.square().sum()]) for p in trained]
-    return places, adapters, tuple(torch.stack(sums).flatten().tolist()) if sums else ()
+    of_adapters = {id(p) for layer in layers for p in _adapter_parameters(layer)}
+    changing = [p for p in parameters if p.requires_grad or id(p) in of_adapters]
+    return places(parameters), precision(model), switches, _sums(changing)
+
+
+def _adapter_parameters(layer: Any) -> Iterator[nn.Parameter]:
+    for name in layer.adapter_layer_names:
+        held = getattr(layer, name, None)
+        if isinstance(held, nn.Module):
+            yield from held.parameters()
+
+
+def _sums(parameters: list[nn.Parameter]) -> tuple[float, ...]:
+    """The sums of all numbers and of their squares, in one transfer from the device."""
+    numbers = [p.double() for p in parameters if not p.is_meta]
+    sums = [torch.stack([number.sum(), number.square().sum()]) for number in numbers]
+    return tuple(torch.stack(sums).flatten().tolist()) if sums else ()
 
 
 def is_whole(model: nn.Module) -> bool:

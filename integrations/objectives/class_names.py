@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from graftune.adapters.feature_cache import FeatureCache, frozen_state
 from graftune.integrations.objectives import towers
-from graftune.integrations.objectives.class_cache import FeatureCache, is_whole, state_of
+from graftune.integrations.objectives.class_cache import is_whole, state_of
 from graftune.integrations.objectives.labels import (
     IGNORED,
     accuracies,
@@ -35,6 +36,8 @@ class ClassNameClassifier(nn.Module):
 
     Args:
         class_names: C different names in the order of the labels; underscores count as spaces.
+            Another list can be assigned to the attribute, or `with_class_names` asked for a
+            classifier of its own.
         tokenizer: the model's transformers tokenizer or processor, or its open_clip tokenizer.
         template: one text, or several, each with `{}` where the class name goes.
 
@@ -58,11 +61,29 @@ class ClassNameClassifier(nn.Module):
         template: str | Sequence[str] = "a photo of a {}.",
     ) -> None:
         super().__init__()
-        self.class_names = clean_class_names(class_names)
-        self.templates = clean_templates(template)
+        self._class_names = clean_class_names(class_names)
+        self._templates = clean_templates(template)
         self.tokenizer = tokenizer
         self._tokens: dict[str, torch.Tensor] = {}
         self._cache, self._frozen_cache = FeatureCache(), FeatureCache()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the labels."""
+        return self._class_names
+
+    @class_names.setter
+    def class_names(self, class_names: Sequence[str]) -> None:
+        self._class_names, self._tokens = clean_class_names(class_names), {}
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The texts that the names are put into."""
+        return self._templates
+
+    @templates.setter
+    def templates(self, template: str | Sequence[str]) -> None:
+        self._templates, self._tokens = clean_templates(template), {}
 
     def with_class_names(
         self, class_names: Sequence[str], template: str | Sequence[str] | None = None
@@ -136,7 +157,8 @@ class ClassNameClassifier(nn.Module):
         if not is_whole(model):
             return self(model, **batch)
         base = base_of(model)
-        features = self._frozen_cache.get(base, None, lambda: self._text_features(model))
+        state = (self.class_names, self.templates, frozen_state(base))
+        features = self._frozen_cache.get(base, state, lambda: self._text_features(model))
         return self(model, **batch, class_features=features)
 
     @torch.no_grad()
@@ -187,7 +209,8 @@ class ClassNameClassifier(nn.Module):
         if model.training or torch.is_grad_enabled() or not is_whole(model):
             return None
         base = base_of(model)
-        return self._cache.get(base, state_of(base), lambda: self._text_features(model))
+        state = (self.class_names, self.templates, state_of(base))
+        return self._cache.get(base, state, lambda: self._text_features(model))
 
     def _class_logits(self, output: towers.JointOutput) -> torch.Tensor:
         if len(self.templates) == 1:

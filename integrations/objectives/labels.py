@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from graftune.adapters.precision import at_least_float32
+
 IGNORED = -100  # the label that PyTorch and transformers leave out of a loss
 
 
@@ -41,7 +43,9 @@ def cross_entropy(
     num_items_in_batch: torch.Tensor | int | None = None,
     label_smoothing: float = 0.0,
 ) -> dict[str, torch.Tensor]:
-    """Return "loss", the cross entropy in float32 over the labels that count, and their "mask".
+    """Return "loss", the cross entropy over the labels that count, and their "mask".
+
+    It is computed in float32, or in float64 where the logits are.
 
     Args:
         logits: (..., C).
@@ -52,7 +56,7 @@ def cross_entropy(
     labels = labels.to(logits.device)
     mask = labels != IGNORED
     total = F.cross_entropy(
-        logits.float().flatten(0, -2),
+        at_least_float32(logits).flatten(0, -2),
         labels.flatten(),
         ignore_index=IGNORED,
         reduction="sum",

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 
-def clean_class_names(class_names: Sequence[str]) -> list[str]:
+def clean_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
     """Return class names with underscores as spaces, after checking that each is there once.
 
     Raises:
@@ -29,16 +29,16 @@ def clean_class_names(class_names: Sequence[str]) -> list[str]:
             f"class_names has {', '.join(map(repr, twice[:5]))} more than once (underscores count "
             "as spaces); images of two classes with one name cannot be told apart"
         )
-    return names
+    return tuple(names)
 
 
-def clean_templates(template: str | Sequence[str]) -> list[str]:
-    """Return the templates as a list, after checking that each has a place for the name.
+def clean_templates(template: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the templates, after checking that each has a place for the name.
 
     Raises:
         ValueError: no templates, or one without exactly one `{}`.
     """
-    templates = [template] if isinstance(template, str) else list(template)
+    templates = (template,) if isinstance(template, str) else tuple(template)
     if not templates:
         raise ValueError("template is empty; give at least one text with {} for the class name")
     for text in templates:
