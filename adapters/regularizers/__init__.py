@@ -6,7 +6,9 @@ They work with any PEFT adapter, graftune's or PEFT's own, and own no weights th
 from .base import Gradients, Need, Regularizer, Run, Step, regularizer
 from .frozen_distillation import FrozenDistillation
 from .gaussian_averaging import GaussianAveraging, gaussian_weights
+from .gradient_dropout import GradientDropout, gradient_dropout
 from .l2_to_start import L2ToStart
+from .mask_norm import MaskNorm, mask_norm
 from .recording import record, recorded
 from .self_regulation import SelfRegulation, self_regulation_loss
 from .session import Regularization
@@ -14,8 +16,10 @@ from .session import Regularization
 __all__ = [
     "FrozenDistillation",
     "GaussianAveraging",
+    "GradientDropout",
     "Gradients",
     "L2ToStart",
+    "MaskNorm",
     "Need",
     "Regularization",
     "Regularizer",
@@ -23,6 +27,8 @@ __all__ = [
     "SelfRegulation",
     "Step",
     "gaussian_weights",
+    "gradient_dropout",
+    "mask_norm",
     "record",
     "recorded",
     "regularizer",

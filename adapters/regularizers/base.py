@@ -22,6 +22,7 @@ class Need(enum.Enum):
     FROZEN = "outputs of the frozen model on the same batch"
     FEATURES = "features of the adapted model, and of the frozen one if that is needed"
     TERM_GRADIENTS = "gradients of own terms, apart from the gradient of the task's loss"
+    TASK_GRADIENT = "the gradient of the task's loss, apart from those of the terms added to it"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ class Gradients:
 
     Args:
         names: names of the trained parameters.
-        parameters: the parameters; `parameter.grad` is the task's gradient, plus that of the terms.
+        parameters: the parameters; `parameter.grad` is the task's gradient plus that of the added
+            terms. If a regularizer needs `Need.TASK_GRADIENT` it is the task's alone for all of
+            them, and that of the added terms is added after the last one has changed it.
         of_terms: gradients of the separate terms by term, one for each parameter; None where the
             term does not depend on it.
     """
@@ -95,11 +98,14 @@ class Run:
         model: the adapted model, without wrappers.
         steps: optimizer steps of the whole run.
         epochs: epochs of the whole run, as a whole number.
+        seed: torch's seed when the run started, that of the first process in all of them: random
+            numbers that follow from it and the number of the step are the same everywhere.
     """
 
     model: nn.Module
     steps: int
     epochs: int
+    seed: int = 0
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name."""

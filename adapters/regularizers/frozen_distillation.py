@@ -68,12 +68,29 @@ class FrozenDistillation(Regularizer):
                 f"frozen_distillation_{name}": self.weight * mean
                 for name, mean in _feature_distances(step).items()
             }
-        logits, frozen_logits = _of(step.outputs, "logits"), _of(step.frozen, "logits")
         if self.of == "logits":
-            values = distillation(logits, frozen_logits, self.temperature)
+            mean = frozen_divergence(step, self.temperature, type(self).__name__)
         else:
-            values = squared_distance(logits, frozen_logits)
-        return {"frozen_distillation": self.weight * _mean(step, values)}
+            frozen_outputs = _of(step.frozen, "logits")
+            mean = _mean(step, squared_distance(_of(step.outputs, "logits"), frozen_outputs))
+        return {"frozen_distillation": self.weight * mean}
+
+
+def frozen_divergence(step: Step, temperature: float, asked_by: str) -> Tensor:
+    """Return T² · KL(softmax(z₀/T) ‖ softmax(z/T)), the mean over the positions that count.
+
+    Args:
+        step: with the frozen model's outputs.
+        temperature: T > 0.
+        asked_by: the regularizer, for the error.
+
+    Raises:
+        ValueError: the objective returns no logits.
+    """
+    assert step.frozen is not None
+    logits = _of(step.outputs, "logits", asked_by)
+    frozen_logits = _of(step.frozen, "logits", asked_by)
+    return _mean(step, distillation(logits, frozen_logits, temperature))
 
 
 def _feature_distances(step: Step) -> dict[str, Tensor]:
@@ -95,11 +112,11 @@ def _mean(step: Step, values: Tensor) -> Tensor:
     return step.mean(values, mask)
 
 
-def _of(outputs: Mapping[str, Any], name: str) -> Any:
+def _of(outputs: Mapping[str, Any], name: str, asked_by: str = FrozenDistillation.__name__) -> Any:
     value = outputs.get(name)
     if value is None or (torch.is_tensor(value) and not value.numel()):
         raise ValueError(
-            f"FrozenDistillation needs {name!r}, and the objective returned only "
+            f"{asked_by} needs {name!r}, and the objective returned only "
             f"{sorted(key for key, v in outputs.items() if v is not None)}; see "
             "graftune.integrations.objectives for what an objective returns. Losses that never "
             "compute logits have to be switched off: use_liger_kernel=False, or "

@@ -17,6 +17,11 @@ from .base import Gradients, Need, Regularizer, Run, State, Step
 
 Forward = Callable[[], Mapping[str, Any]]
 
+_ADDED = ""  # by this name go the gradients of the added terms, which no term can have
+
+# Needs for which gradients are computed by themselves, beside the backward pass of the loss.
+APART = frozenset({Need.TERM_GRADIENTS, Need.TASK_GRADIENT})
+
 
 class Regularization:
     """A list of regularizers in one training run of one model, under any training loop.
@@ -53,7 +58,7 @@ class Regularization:
         self.needs = frozenset().union(*(regularizer.needs for regularizer in regularizers))
         self.epochs_done = 0
         self._run = Run(model, steps=0, epochs=0)
-        self._term_gradients: dict[str, list[Tensor | None]] = {}
+        self._apart: dict[str, list[Tensor | None]] = {}  # gradients of terms by themselves
 
     @property
     def reads_outputs(self) -> bool:
@@ -64,11 +69,11 @@ class Regularization:
         """Raise what the regularizers have against the model."""
         for regularizer in self.regularizers:
             regularizer.check(self.model)
-            if Need.TERM_GRADIENTS in regularizer.needs and any(
+            if regularizer.needs & APART and any(
                 is_sharded(parameter) for parameter in self._run_parameters().values()
             ):
                 raise ValueError(
-                    f"{regularizer.name!r} needs gradients of its own terms, which sharded "
+                    f"{regularizer.name!r} needs gradients of terms by themselves, which sharded "
                     "parameters (FSDP) do not hand out; train with DDP or without it"
                 )
 
@@ -77,9 +82,9 @@ class Regularization:
     def start(self, steps: int, epochs: int) -> None:
         """Start a run of so many optimizer steps and epochs; `load_state_dict` may follow."""
         self.check()
-        self._run = Run(self.model, steps, epochs)
+        self._run = Run(self.model, steps, epochs, _seed_of_first_process())
         self.epochs_done = 0
-        self._term_gradients = {}
+        self._apart = {}
         for parameter in self._run_parameters().values():
             keep_spread(parameter)
         for regularizer in self.regularizers:
@@ -177,24 +182,30 @@ class Regularization:
         )
         given = _joined([regularizer.terms(step) for regularizer in self.regularizers])
         terms = {name: share * term for name, term in given.items()}
-        if Need.TERM_GRADIENTS in self.needs:
-            self._keep_gradients(step, share * gradient_scale)
-        task_loss = outputs["loss"]
-        loss = task_loss + sum(terms.values()) if terms else task_loss
+        loss = task_loss = outputs["loss"]
+        added = sum(terms.values(), start=task_loss.new_zeros(()))
+        self._keep_gradients(step, added, gradient_scale)
+        if terms:
+            loss = task_loss + (added.detach() if Need.TASK_GRADIENT in self.needs else added)
         return {**outputs, "loss": loss, "task_loss": task_loss, "terms": terms}
 
     # Gradients.
 
-    def _keep_gradients(self, step: Step, scale: float) -> None:
-        """Add up the gradients of the separate terms over accumulated batches."""
+    def _keep_gradients(self, step: Step, added: Tensor, scale: float) -> None:
+        """Add up, over accumulated batches, the gradients that are wanted by themselves."""
+        wanted: dict[str, Tensor] = {}
+        if Need.TERM_GRADIENTS in self.needs:
+            terms = _joined([r.separate_terms(step) for r in self.regularizers])
+            wanted = {name: step.share * term for name, term in terms.items()}
+        if Need.TASK_GRADIENT in self.needs and added.requires_grad:
+            wanted[_ADDED] = added
         parameters = list(self._run_parameters().values())
-        terms = _joined([regularizer.separate_terms(step) for regularizer in self.regularizers])
-        for name, term in terms.items():
+        for name, term in wanted.items():
             new = torch.autograd.grad(
-                term * scale, parameters, retain_graph=True, allow_unused=True
+                scale * term, parameters, retain_graph=True, allow_unused=True
             )
-            kept = self._term_gradients.get(name)
-            self._term_gradients[name] = [
+            kept = self._apart.get(name)
+            self._apart[name] = [
                 b if a is None else a if b is None else a + b
                 for a, b in zip(kept or [None] * len(new), new, strict=True)
             ]
@@ -209,14 +220,17 @@ class Regularization:
         if not self.regularizers:
             return
         parameters = self._run_parameters()
-        for gradients in self._term_gradients.values():
+        for gradients in self._apart.values():
             _average_over_processes(gradients, list(parameters.values()))
-        given = Gradients(list(parameters), list(parameters.values()), dict(self._term_gradients))
+        added = self._apart.pop(_ADDED, None)
+        given = Gradients(list(parameters), list(parameters.values()), dict(self._apart))
         _multiply(given, 1 / gradient_scale)
         for regularizer in self.regularizers:
             regularizer.transform_gradients(given)
-        self._term_gradients = {}
+        self._apart = {}
         _multiply(given, gradient_scale)
+        if added is not None:
+            _add(given.parameters, added)
 
     def _run_parameters(self) -> dict[str, nn.Parameter]:
         return Run(self.model, 0, 0).trained()
@@ -262,6 +276,14 @@ def _joined(of_each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: term for terms in of_each for name, term in terms.items()}
 
 
+def _seed_of_first_process() -> int:
+    """Torch's seed, the same in all processes."""
+    seed = [torch.initial_seed()]
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        distributed.broadcast_object_list(seed)
+    return seed[0]
+
+
 def _average_over_processes(
     gradients: list[Tensor | None], parameters: Sequence[nn.Parameter]
 ) -> None:
@@ -277,6 +299,17 @@ def _average_over_processes(
             mean = torch.zeros_like(parameters[place]) if gradient is None else gradient
             distributed.all_reduce(mean, distributed.ReduceOp.SUM)
             gradients[place] = mean / distributed.get_world_size()
+
+
+@torch.no_grad()
+def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            parameter.grad.add_(gradient)
 
 
 def _multiply(gradients: Gradients, factor: float) -> None:

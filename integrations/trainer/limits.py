@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from graftune.adapters.messages import listing
-from graftune.adapters.regularizers import Need, Regularizer
+from graftune.adapters.regularizers import Regularizer
+from graftune.adapters.regularizers.session import APART
 from graftune.integrations.trainer.recomputing import is_reentrant
 
 
@@ -18,7 +19,7 @@ def check_limits(regularizers: Sequence[Regularizer], trainer: Any) -> None:
             not hand out, or parameters that FSDP 1 does not show.
     """
     changing = [r.name for r in regularizers if changes_gradients(r)]
-    separate = [r.name for r in regularizers if Need.TERM_GRADIENTS in r.needs]
+    separate = [r.name for r in regularizers if r.needs & APART]
     if trainer.is_deepspeed_enabled and (changing or separate):
         raise ValueError(
             f"{listing(sorted({*changing, *separate}))} need gradients, which DeepSpeed keeps in "
@@ -31,13 +32,13 @@ def check_limits(regularizers: Sequence[Regularizer], trainer: Any) -> None:
         )
     if trainer.is_fsdp_enabled and separate:
         raise ValueError(
-            f"{listing(separate)} need gradients of their own terms, which FSDP does not hand out; "
-            "train with DDP or without them"
+            f"{listing(separate)} need gradients of terms by themselves, which FSDP does not "
+            "hand out; train with DDP or without them"
         )
     several = regularizers and trainer.args.world_size > 1
     if is_reentrant(trainer.args) and (separate or several):
         names = separate or [r.name for r in regularizers]
-        why = "does not give gradients of their own terms" if separate else "breaks under DDP"
+        why = "does not give gradients of terms by themselves" if separate else "breaks under DDP"
         raise ValueError(
             f"{listing(names)}: reentrant checkpointing {why}; "
             "set activation_checkpointing_kwargs={'use_reentrant': False}"

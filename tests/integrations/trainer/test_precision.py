@@ -92,7 +92,8 @@ def scaled_gradients(scaler: torch.amp.GradScaler | None) -> dict[str, torch.Ten
     """Gradients after one step's transform, in a bare loop, accumulated over two batches."""
     torch.manual_seed(0)
     model = graftune.wrap(SmallCNN(), "flora", r=2, init_weights=False)
-    regularization = Regularization(model, [Opposing(), graftune.L2ToStart(0.1)])
+    chosen = [Opposing(), graftune.L2ToStart(0.1), graftune.GradientDropout(0.5)]
+    regularization = Regularization(model, chosen)
     regularization.start(steps=1, epochs=1)
     batches = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     scale = scaler.get_scale() if scaler else 1.0

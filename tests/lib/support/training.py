@@ -166,7 +166,13 @@ def colour_run(
 
 def with_state() -> list[Regularizer]:
     """Regularizers that have something to lose."""
-    return [Wandering(), graftune.FrozenDistillation(0.5), graftune.L2ToStart(0.1), Opposing()]
+    return [
+        Wandering(),
+        graftune.FrozenDistillation(0.5),
+        graftune.L2ToStart(0.1),
+        Opposing(),
+        graftune.GradientDropout(0.5),
+    ]
 
 
 def weights(run: Any) -> dict[str, Tensor]:
@@ -226,6 +232,14 @@ CASES = {
             Opposing(),
         ],
     ),
+    "class names, gradients dropped, labels missing": Case(
+        "transformers-clip",
+        _class_names,
+        lambda: pictures(16, 4),
+        lambda: [graftune.GradientDropout(1.0), graftune.L2ToStart(0.1)],
+        accumulated=2,
+        method="lora",
+    ),
     "class names, LoRA, accumulated": Case(
         "transformers-clip",
         _class_names,
@@ -238,7 +252,11 @@ CASES = {
         "transformers-llama",
         graftune.CausalLM,
         lambda: sentences(16),
-        lambda: [graftune.FrozenDistillation(2.0), graftune.L2ToStart(0.1, of="merged")],
+        lambda: [
+            graftune.FrozenDistillation(2.0),
+            graftune.L2ToStart(0.1, of="merged"),
+            graftune.GradientDropout(0.5, of="loss"),
+        ],
     ),
     "causal LM, own loss, accumulated": Case(
         "transformers-llama",
