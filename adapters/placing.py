@@ -15,7 +15,6 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _get_tuner_state_dict_key_prefixes,
     _is_key_under_prefixes,
-    check_target_module_exists,
     onload_layer,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -119,7 +118,7 @@ class WeightTuner(GraftTuner):
                 is_target = (
                     key in named
                     if state_dict is not None
-                    else config.target_modules and check_target_module_exists(config, key)
+                    else self._check_target_module_exists(config, key)
                 )
                 if is_target and adapter_name not in _adapters_of(module):
                     parent = model.get_submodule(parent_path)

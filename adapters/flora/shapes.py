@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..layer_types import CONVOLUTIONS, TRANSPOSED
-
-SUPPORTED = (nn.Linear, Conv1D, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding)
+from ..layer_types import CONVOLUTIONS, SUPPORTED, TRANSPOSED, is_quantized_linear
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
@@ -32,7 +29,7 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
         return module.in_channels, module.out_channels // module.groups, *module.kernel_size
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
-    if isinstance(module, nn.Linear) or _is_quantized_linear(module):
+    if isinstance(module, nn.Linear) or is_quantized_linear(module):
         return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
     names = ", ".join(f"`{cls.__module__.split('.')[0]}.{cls.__name__}`" for cls in SUPPORTED)
     raise TypeError(
@@ -55,30 +52,3 @@ def tensor_shapes(
 def stride_product(module: nn.Module) -> int:
     """Return the product of a convolution's strides, 1 for other layers."""
     return math.prod(getattr(module, "stride", ()) or (1,))
-
-
-def runs_as_defined(module: nn.Module) -> bool:
-    """Say whether a module computes what its supported base class computes.
-
-    Subclasses do otherwise at times: they standardise their weight or pad by a rule of their own.
-    Adding the output of ΔW alone would be wrong then; such a layer is run with W + ΔW instead.
-    """
-    if _is_quantized_linear(module):
-        return True
-    base = next((cls for cls in SUPPORTED if isinstance(module, cls)), None)
-    if base is None:
-        return False
-    if isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):
-        return True  # the scale is known and applied
-    return all(
-        getattr(type(module), name, None) is getattr(base, name, None)
-        for name in ("forward", "_conv_forward", "_output_padding")
-    )
-
-
-def _is_quantized_linear(module: nn.Module) -> bool:
-    # torchao asks for the model's own quantiser at this point: that one is an nn.Linear anyway.
-    backend = resolve_quantization_backend(module, get_apply_tensor_subclass=len)
-    return (
-        backend is not None and hasattr(module, "out_features") and hasattr(module, "in_features")
-    )

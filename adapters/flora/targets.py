@@ -7,11 +7,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..layer_types import parameter_shape, projection_names
+from ..layer_types import parameter_shape, projection_names, runs_as_defined
 from .config import FloraConfig
 from .functional import resolve_ranks
 from .shapes import (
-    runs_as_defined,
     tensor_shapes,
     weight_shape,
 )

@@ -10,11 +10,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..layer_types import runs_as_defined
 from ..substitute import call_with
 from .config import FloraConfig
 from .functional import chain_is_cheaper, init_tucker, resolve_ranks
 from .layer import FloraLayer, dense_delta
-from .shapes import runs_as_defined, stride_product, weight_shape
+from .shapes import stride_product, weight_shape
 
 
 class FloraWeight(FloraLayer):

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
-from graftune.adapters.flora.shapes import runs_as_defined
-from graftune.adapters.layer_types import CONVOLUTIONS
+from graftune.adapters.layer_types import CONVOLUTIONS, runs_as_defined
 from graftune.adapters.messages import listing
 
 from ..families import recognise

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from graftune.adapters.flora.shapes import runs_as_defined
-from graftune.adapters.layer_types import CONVOLUTIONS
+from graftune.adapters.layer_types import CONVOLUTIONS, runs_as_defined
 
 from .changes import Change
 
