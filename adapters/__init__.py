@@ -2,5 +2,6 @@
 
 from graftune.adapters.deep_prompts import DeepPromptConfig
 from graftune.adapters.flora import FloraConfig
+from graftune.adapters.mask_tuning import MaskTuningConfig
 
-__all__ = ["DeepPromptConfig", "FloraConfig"]
+__all__ = ["DeepPromptConfig", "FloraConfig", "MaskTuningConfig"]

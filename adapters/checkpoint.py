@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -12,6 +14,32 @@ from .sharded import is_sharded
 
 class AdapterMismatchError(ValueError):
     """An adapter's tensors are not those of the model it is loaded onto."""
+
+
+_for_training: ContextVar[bool] = ContextVar("graftune_training_checkpoint", default=False)
+
+
+@contextmanager
+def training_checkpoint() -> Iterator[None]:
+    """Let adapters be saved with all that training needs to go on from them.
+
+    What is published holds what inference needs and no more; for most methods that is the same.
+    graftune's trainer writes its checkpoints in here.
+
+    Example:
+        >>> with training_checkpoint():
+        ...     model.save_pretrained("checkpoint")
+    """
+    token = _for_training.set(True)
+    try:
+        yield
+    finally:
+        _for_training.reset(token)
+
+
+def is_training_checkpoint() -> bool:
+    """Say whether adapters are being saved for training to go on from."""
+    return _for_training.get()
 
 
 def check_not_empty(tensors: Mapping[str, torch.Tensor], adapter_name: str) -> None:

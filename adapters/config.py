@@ -51,6 +51,21 @@ class GraftConfig(PeftConfig):
         self.base_digest_is_fresh = False
         self.base_check = "warn"
 
+    def check_layer_selection(self) -> None:
+        """Raise ValueError where the fields that choose layers contradict each other."""
+        config: Any = self
+        if isinstance(config.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` cannot be used when `target_modules` is a str: say it in the "
+                        "regular expression, or give a list of names"
+                    )
+        if config.layers_pattern and config.layers_to_transform is None:
+            raise ValueError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
+            )
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the config, which PEFT does last of all that makes an adapter."""
         super().save_pretrained(save_directory, **kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -167,6 +167,16 @@ class GraftTuner(BaseTuner):
             warnings.warn(message, stacklevel=2)
 
     # Saving and loading.
+
+    @classmethod
+    def comparable_shapes(
+        cls, shapes: Mapping[str, tuple[int, ...]]
+    ) -> Mapping[str, tuple[int, ...]]:
+        """Return names and shapes in which a file of an adapter and the adapter have to agree.
+
+        A method whose files may hold another form of its tensors says what is left to compare.
+        """
+        return shapes
 
     @classmethod
     def _get_adapter_state_dict(

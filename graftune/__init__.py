@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from graftune.adapters import DeepPromptConfig, FloraConfig
+from graftune.adapters import DeepPromptConfig, FloraConfig, MaskTuningConfig
 from graftune.adapters.checkpoint import AdapterMismatchError
 from graftune.adapters.regularizers import (
     FrozenDistillation,
@@ -51,6 +51,7 @@ __all__ = [
     "ImageClassifier",
     "L2ToStart",
     "MaskNorm",
+    "MaskTuningConfig",
     "Recipe",
     "Regularization",
     "Regularizer",

@@ -14,6 +14,7 @@ from graftune.adapters.config import GraftConfig
 from graftune.adapters.folder import read_config, read_shapes
 from graftune.adapters.messages import listing, nearest
 from graftune.adapters.restore import untouched_on_error
+from graftune.adapters.tuner import GraftTuner
 from graftune.integrations.hub.fetch import fetch_adapter
 
 _HUB_OPTIONS = frozenset({"revision", "token", "cache_dir", "local_files_only", "force_download"})
@@ -120,4 +121,8 @@ def _check_tensors(model: PeftModel, adapter_name: str, shapes: dict[str, tuple[
     # PEFT also writes base embeddings into an adapter when they were resized or targeted.
     base = model.state_dict().keys() - expected.keys()
     given = {name: shape for name, shape in shapes.items() if name not in base}
-    check_fits({name: tuple(tensor.shape) for name, tensor in expected.items()}, given)
+    found = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    tuner: Any = model.base_model
+    if isinstance(tuner, GraftTuner):
+        found, given = (dict(tuner.comparable_shapes(each)) for each in (found, given))
+    check_fits(found, given)

@@ -9,6 +9,7 @@ from peft import PeftConfig
 
 from graftune.adapters.deep_prompts import DeepPromptConfig
 from graftune.adapters.flora import FloraConfig
+from graftune.adapters.mask_tuning import MaskTuningConfig
 from graftune.adapters.regularizers import GaussianAveraging, Regularizer, SelfRegulation
 
 
@@ -45,6 +46,12 @@ _RECIPES = {
             paper="Self-regulating Prompts: Foundational Model Adaptation without Forgetting, "
             "ICCV 2023, arXiv 2307.06948",
             regularizers=(SelfRegulation(), GaussianAveraging(mean=15, std=1)),
+        ),
+        Recipe(
+            name="mask_tuning",
+            config_cls=MaskTuningConfig,
+            paper="Regularized Mask Tuning: Uncovering Hidden Knowledge in Pre-trained "
+            "Vision-Language Models, ICCV 2023, arXiv 2307.15049",
         ),
     )
 }

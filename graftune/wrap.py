@@ -11,10 +11,12 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from graftune.adapters.deep_prompts import DeepPromptConfig
+from graftune.adapters.mask_tuning import MaskTuningConfig
 from graftune.adapters.messages import listing, nearest
 from graftune.adapters.regularizers import Regularizer, record
 from graftune.adapters.restore import untouched_on_error
 from graftune.integrations.families import default_targets, recognise
+from graftune.integrations.masks import fill_mask_config
 from graftune.integrations.prompts import fill_prompt_config
 from graftune.recipes import recipes
 
@@ -144,6 +146,9 @@ def _fill(config: Any, model: nn.Module, tokenizer: Any) -> None:
         config.task_type = family.task_type
     if isinstance(config, DeepPromptConfig):
         fill_prompt_config(config, model, tokenizer)
+        return
+    if isinstance(config, MaskTuningConfig):
+        fill_mask_config(config, model)
         return
     if getattr(config, "target_modules", "absent") is not None:
         return

@@ -90,8 +90,8 @@ def default_targets(model: nn.Module) -> list[str]:
         # The projections inside an nn.MultiheadAttention are adapted with it.
         if not any(key.startswith(f"{attention}.") for attention in attentions)
     ]
-    in_blocks = [key for key in names if _block_number(key) is not None]
-    return _shorten(in_blocks or names, list(every))
+    in_blocks = [key for key in names if block_number(key) is not None]
+    return shorten(in_blocks or names, list(every))
 
 
 def _is_candidate(module: nn.Module) -> bool:
@@ -100,21 +100,35 @@ def _is_candidate(module: nn.Module) -> bool:
     return isinstance(module, LINEAR + ATTENTION)
 
 
-def _block_number(key: str) -> int | None:
-    """Position of the last number in a dotted name that is not the name's end."""
+def block_number(key: str) -> int | None:
+    """Return the position of the last number in a dotted name that is not the name's end.
+
+    Example:
+        >>> block_number("encoder.layers.11.mlp.fc1")
+        2
+    """
     parts = key.split(".")
     numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
     return numbers[-1] if numbers else None
 
 
-def _shorten(names: list[str], every: list[str]) -> list[str]:
-    """The shortest endings, from a block's number on, that match `names` and nothing else."""
+def shorten(names: list[str], every: list[str]) -> list[str]:
+    """Return the shortest endings, from a block's number on, that match `names` and no others.
+
+    Args:
+        names: names of modules.
+        every: the names of all modules of the model.
+
+    Example:
+        >>> shorten(["0.up", "1.up"], ["0", "0.up", "0.down", "1", "1.up", "1.down"])
+        ['up']
+    """
     others = set(every) - set(names)
     endings = {".".join(key.split(".")[i:]) for key in others for i in range(key.count(".") + 1)}
     chosen = set()
     for name in names:
         parts = name.split(".")
-        number = _block_number(name)
+        number = block_number(name)
         first = 0 if number is None else number + 1
         suffixes = (".".join(parts[i:]) for i in range(first, -1, -1))
         chosen.add(next(suffix for suffix in suffixes if suffix not in endings))

@@ -136,20 +136,7 @@ class FloraConfig(GraftConfig):
             _check_scale(f"scale_pattern[{pattern!r}]", scale)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout!r}")
-        self._check_layer_selection()
-
-    def _check_layer_selection(self) -> None:
-        if isinstance(self.target_modules, str):
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"`{name}` cannot be used when `target_modules` is a str: say it in the "
-                        "regular expression, or give a list of names"
-                    )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
-            )
+        self.check_layer_selection()
 
 
 def _checked_rank(name: str, rank: Any) -> int | list[int]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from graftune.adapters.checkpoint import training_checkpoint
 from graftune.integrations.trainer.base import SomeTrainer
 from graftune.integrations.trainer.whole import (
     STATE,
@@ -81,7 +82,8 @@ class WholeCheckpoints(SomeTrainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._aside = run_dir / ASIDE
         try:
-            super()._save_checkpoint(model, trial)
+            with training_checkpoint():
+                super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._finish(self._aside / name, run_dir / name)

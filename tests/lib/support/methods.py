@@ -54,6 +54,7 @@ METHODS = {
     case.name: case
     for case in (
         MethodCase(name="flora", options={"r": 3}),
+        MethodCase(name="mask_tuning", merge_tolerance=0.0),
         MethodCase(
             name="promptsrc",
             options={

@@ -1,0 +1,19 @@
+"""Mask tuning: which pretrained weights to switch off (R-AMT, arXiv 2307.15049)."""
+
+from ..registration import register
+from .config import MaskTuningConfig
+from .layer import MaskTuningLayer
+from .model import MaskTuningModel
+from .released import export_released, from_released, import_released, to_released
+
+__all__ = [
+    "MaskTuningConfig",
+    "MaskTuningLayer",
+    "MaskTuningModel",
+    "export_released",
+    "from_released",
+    "import_released",
+    "to_released",
+]
+
+register("mask_tuning", MaskTuningConfig, MaskTuningModel)

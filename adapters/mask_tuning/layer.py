@@ -1,0 +1,418 @@
+"""A layer around any module that runs with masked weights in the place of its own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _get_in_out_features,
+    check_adapters_to_merge,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..layer_types import parameter_shape
+from ..messages import listing
+from ..substitute import call_with
+from .config import MaskTuningConfig
+from .functional import mask_of, masked_weight, random_scores
+
+
+class MaskTuningLayer(nn.Module, BaseTunerLayer):
+    """A module that runs with W ⊙ mask in the place of some of its own parameters.
+
+    The scores of an adapter are `mask_tuning_scores[adapter][parameter]`; where only a share of a
+    weight has scores, their places are `mask_tuning_index[adapter][parameter]`. Several active
+    adapters keep a weight if all of them do. Nothing is left on the module: each call substitutes
+    the masked weights for its duration; whoever reads one from outside gets it masked as well.
+
+    Args:
+        base_layer: the module, possibly inside other tuner layers.
+        adapter_name: name of the first adapter.
+        config: its config.
+        parameters: names of the module's parameters to mask.
+        shared: by parameter, the layer that has the scores already, of a weight that is tied.
+    """
+
+    base_layer: Any  # a module of whatever type is masked
+    mask_tuning_scores: nn.ModuleDict
+    mask_tuning_index: nn.ModuleDict
+    adapter_layer_names: tuple[str, ...] = ("mask_tuning_scores",)
+    other_param_names: tuple[str, ...] = (
+        "mask_tuning_index",
+        "threshold",
+        "recompute",
+        "pending",
+        "shared",
+    )
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: MaskTuningConfig,
+        parameters: Iterable[str],
+        shared: dict[str, tuple[MaskTuningLayer, str]],
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.mask_tuning_scores = nn.ModuleDict()
+        self.mask_tuning_index = nn.ModuleDict()
+        self.threshold: dict[str, float] = {}
+        self.recompute: dict[str, bool] = {}
+        self.pending: dict[str, bool] = {}  # whose scores have no places yet
+        self.shared: dict[str, dict[str, tuple[MaskTuningLayer, str]]] = {}
+        self.merged_adapters = []
+        self._active_adapter = adapter_name
+        self._removed: list[dict[str, tuple[Tensor, Tensor]]] = []  # places and values, by merge
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())  # type: ignore[var-annotated]
+        self.training = base_layer.training
+        self.update_layer(adapter_name, config, parameters, shared)
+
+    def get_base_layer(self) -> Any:
+        """Return the base module, without any tuner layers around it."""
+        return super().get_base_layer()
+
+    # Adapters.
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: MaskTuningConfig,
+        parameters: Iterable[str],
+        shared: dict[str, tuple[MaskTuningLayer, str]],
+    ) -> None:
+        """Add parameters to an adapter; other parameters and adapters stay as they are."""
+        if adapter_name not in self.threshold:
+            self.threshold[adapter_name] = config.threshold
+            self.recompute[adapter_name] = config.recompute
+            self.pending[adapter_name] = config.fraction is not None
+            self.mask_tuning_scores[adapter_name] = nn.ParameterDict()
+            self.mask_tuning_index[adapter_name] = BufferDict(persistent=True)
+            self.shared[adapter_name] = {}
+        for name in parameters:
+            if name in shared:
+                self.shared[adapter_name][name] = shared[name]
+            else:
+                self._add_scores(adapter_name, config, name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _add_scores(self, adapter: str, config: MaskTuningConfig, name: str) -> None:
+        parameter = getattr(self.get_base_layer(), name)
+        shape = parameter_shape(parameter)
+        device = None if parameter.device.type == "meta" else parameter.device
+        if config.fraction is not None:
+            shape = (scored_entries(shape, config.fraction),)
+            index = torch.zeros(shape, dtype=torch.int32, device=device)
+            self.mask_tuning_index[adapter][name] = index  # type: ignore[operator]
+        if config.init_weights:
+            scores = torch.full(shape, config.init)
+        else:
+            scores = random_scores(shape, config.init, config.threshold)
+        scores = nn.Parameter(scores.to(device, parameter.dtype))
+        self.mask_tuning_scores[adapter][name] = scores  # type: ignore[operator]
+
+    def adapts(self, name: str, adapter: str) -> bool:
+        """Say whether the adapter masks the parameter."""
+        if adapter not in self.threshold:
+            return False
+        return name in self.mask_tuning_scores[adapter] or name in self.shared[adapter]  # type: ignore[operator]
+
+    def adapted_names(self, adapters: Iterable[str]) -> list[str]:
+        """Return the names of the parameters that any of the adapters masks."""
+        names: dict[str, None] = {}
+        for adapter in adapters:
+            if adapter in self.threshold:
+                names |= dict.fromkeys(self.mask_tuning_scores[adapter].keys())  # type: ignore[operator]
+                names |= dict.fromkeys(self.shared[adapter])
+        return list(names)
+
+    def own_names(self, adapter: str) -> list[str]:
+        """Return the names of the parameters whose scores are this layer's own."""
+        return list(self.mask_tuning_scores[adapter].keys()) if adapter in self.threshold else []  # type: ignore[operator]
+
+    def scores(self, adapter: str, name: str) -> tuple[Tensor, Tensor | None]:
+        """Return the scores of one parameter, and their places where not all weights have any."""
+        if name in self.shared[adapter]:
+            layer, other = self.shared[adapter][name]
+            return layer.scores(adapter, other)
+        index: Any = self.mask_tuning_index[adapter]
+        scores: Any = self.mask_tuning_scores[adapter]
+        if name not in index:
+            return scores[name], None
+        return scores[name], index[name]
+
+    def mask(self, adapter: str, name: str) -> Tensor:
+        """Return an adapter's mask of one parameter: False where it is masked."""
+        scores, index = self.scores(adapter, name)
+        return mask_of(scores, self.threshold[adapter], self.full_shape(name), index)
+
+    def full_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a base tensor, spread over processes or not."""
+        return parameter_shape(getattr(self.get_base_layer(), name))
+
+    def set_scores(
+        self, adapter: str, name: str, scores: Tensor, index: Tensor | None = None
+    ) -> None:
+        """Overwrite the scores of one parameter and, where it has any, their places."""
+        with torch.no_grad():
+            own, places = self.scores(adapter, name)
+            own.copy_(scores)
+            if places is not None and index is not None:
+                places.copy_(index)
+                self.pending[adapter] = False
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # Not to its dtype: a score rounded to it could come to lie on the threshold's other side.
+        if adapter_name not in self.threshold:
+            return
+        names = self.adapted_names([adapter_name])
+        device = device or getattr(self.get_base_layer(), names[0]).device
+        for held in (self.mask_tuning_scores, self.mask_tuning_index):
+            tensors = [*held[adapter_name].parameters(), *held[adapter_name].buffers()]
+            if not any(tensor.device.type == "meta" for tensor in tensors):
+                held[adapter_name].to(device)
+
+    # Scales, as diffusers sets them.
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Do nothing for a scale of one."""
+        _check_scale(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Do nothing for a scale of one."""
+        _check_scale(scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Do nothing for a scale of one."""
+        _check_scale(1.0 if scale is None else scale)
+
+    # Running with masked weights.
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module with W ⊙ mask of the active adapters."""
+        adapters = self._applied()
+        if not adapters:
+            return self.base_layer(*args, **kwargs)
+        again = any(self.recompute[adapter] for adapter in adapters)
+        # A compiler decides by itself what to keep and what to compute again.
+        if again and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return checkpoint(lambda: self._run(adapters, args, kwargs), use_reentrant=False)
+        return self._run(adapters, args, kwargs)
+
+    def _run(self, adapters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        prefix, layer = "", self.base_layer
+        while isinstance(layer, BaseTunerLayer):  # another method's, between this and the base
+            prefix, layer = f"{prefix}base_layer.", layer.base_layer  # type: ignore[attr-defined]
+        masked = {
+            f"{prefix}{name}": self.effective(name, adapters)
+            for name in self.adapted_names(adapters)
+        }
+        return call_with(self.base_layer, masked, args, kwargs)
+
+    def effective(self, name: str, adapters: Sequence[str]) -> Tensor:
+        """Return a base tensor masked by the given adapters, with gradients to their scores."""
+        weight = getattr(self.get_base_layer(), name)
+        for adapter in adapters:
+            if self.adapts(name, adapter):
+                scores, index = self.scores(adapter, name)
+                weight = masked_weight(weight, scores, self.threshold[adapter], index)
+        return weight
+
+    def _applied(self) -> list[str]:
+        """Return the adapters to apply to the base weights as they are now."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return []
+        if self.merged:
+            return []
+        adapters = self._present(self.active_adapters)
+        if any(self.pending[adapter] for adapter in adapters):
+            if torch.is_grad_enabled():
+                raise RuntimeError(selection_pending(adapters, "training"))
+            return [adapter for adapter in adapters if not self.pending[adapter]]
+        return adapters
+
+    def _present(self, adapters: Iterable[str]) -> list[str]:
+        return [adapter for adapter in adapters if adapter in self.threshold]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not built yet: nothing to forward to
+                raise
+        return self._masked_or_own(name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The module's own `weight`, masked if it is among the masked parameters."""
+        return self._masked_or_own("weight")
+
+    @property
+    def bias(self) -> Tensor:
+        """The module's own `bias`, masked if it is among the masked parameters."""
+        return self._masked_or_own("bias")
+
+    def _masked_or_own(self, name: str) -> Any:
+        if name in self.adapted_names(self.active_adapters) and (adapters := self._applied()):
+            return self.effective(name, adapters)
+        return getattr(self.base_layer, name)
+
+    # What the masks do to the weights.
+
+    def get_delta_weight(self, adapter: str, name: str | None = None) -> Tensor:
+        """Return W ⊙ mask − W of one parameter, which can be left out if there is only one."""
+        names = self.adapted_names([adapter])
+        if name is None and len(names) > 1:
+            raise ValueError(
+                f"the adapter {adapter!r} masks several parameters: name one of {names}"
+            )
+        return self._delta(adapter, names[0] if name is None else name)
+
+    def _delta(self, adapter: str, name: str) -> Tensor:
+        return self.effective(name, [adapter]) - getattr(self.get_base_layer(), name)
+
+    def weight_changes(self, adapter: str) -> dict[str, Callable[[], Tensor]]:
+        """Return by base tensor what computes ΔW = W ⊙ mask − W of an adapter with gradients."""
+        return {name: partial(self._delta, adapter, name) for name in self.adapted_names([adapter])}
+
+    def adapted_tensors(self) -> dict[str, Tensor]:
+        """Return the base tensors that adapters mask, as they are without any adapter."""
+        return {name: self._original(name) for name in self.adapted_names(self.threshold)}
+
+    def _original(self, name: str) -> Tensor:
+        tensor = getattr(self.get_base_layer(), name)
+        for removed in reversed(self._removed):
+            if name in removed:
+                tensor = _with(tensor.detach(), *removed[name])
+        return tensor
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Set the masked base weights to zero, in place: W' = W ⊙ mask.
+
+        Merging adapters one after the other equals merging them together: a weight stays if all of
+        them keep it. The values that are masked are kept until `unmerge`, which restores them bit
+        for bit.
+
+        Args:
+            safe_merge: check that the merged weights are finite before the layer is changed.
+            adapter_names: the adapters to merge; None takes the active ones.
+
+        Raises:
+            ValueError: scores are NaN, no selection was made, or `safe_merge` found values that
+                are not finite. The layer is then as it was.
+        """
+        adapters = self._present(check_adapters_to_merge(self, adapter_names))
+        if not adapters:
+            return
+        if any(self.pending[adapter] for adapter in adapters):
+            raise ValueError(selection_pending(adapters, "merging"))
+        drops = {name: self._dropped(name, adapters) for name in self.adapted_names(adapters)}
+        removed = {}
+        for name, drop in drops.items():
+            weight = getattr(self.get_base_layer(), name).data
+            if safe_merge and not torch.isfinite(weight.masked_fill(drop, 0)).all():
+                raise ValueError(_broken(adapters))
+            places = drop.flatten().nonzero().squeeze(1)  # (K,)
+            # Places take half the room in 32 bits, which is enough for nearly all weights.
+            small = torch.int32 if drop.numel() < 2**31 else torch.int64
+            removed[name] = places.to(small), weight.masked_select(drop)
+        for name, drop in drops.items():
+            getattr(self.get_base_layer(), name).data.masked_fill_(drop, 0)
+        self._removed.append(removed)
+        self.merged_adapters = [*self.merged_adapters, *adapters]
+
+    def _dropped(self, name: str, adapters: Sequence[str]) -> Tensor:
+        """Return where any of the adapters masks a base tensor."""
+        drop = torch.zeros((), dtype=torch.bool)
+        for adapter in adapters:
+            if not self.adapts(name, adapter):
+                continue
+            if torch.isnan(self.scores(adapter, name)[0]).any():
+                raise ValueError(_broken([adapter]))
+            drop = ~self.mask(adapter, name) | drop.to(self.scores(adapter, name)[0].device)
+        return drop.to(getattr(self.get_base_layer(), name).device)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put back the base weights as they were before the first merge, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        for removed in reversed(self._removed):
+            for name, (places, values) in removed.items():
+                data = getattr(self.get_base_layer(), name).data
+                data.copy_(_with(data, places, values))
+        self._removed = []
+        self.merged_adapters = []
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the module without this layer and without those inside it."""
+        inner = list(_inner_layers(self.base_layer))
+        for layer in (*(layer for *_, layer in inner), self):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        for parent, name, layer in inner:
+            setattr(parent, name, layer.base_layer)
+        return self.base_layer
+
+    def __repr__(self) -> str:
+        return f"mask_tuning.{super().__repr__()}"
+
+
+def scored_entries(shape: Sequence[int], fraction: float) -> int:
+    """Return how many entries of a tensor have scores: at least one."""
+    return max(1, round(fraction * torch.Size(shape).numel()))
+
+
+def selection_pending(adapters: Sequence[str], what: str) -> str:
+    """Return the words for an adapter whose scores have no places yet."""
+    return (
+        f"{what} with the adapter {listing(adapters)} needs its selection, which is pending: with "
+        "`fraction` only the most important weights get scores. Call "
+        "graftune.adapters.mask_tuning.select(model, batches, loss) first; graftune.Trainer does "
+        "when it starts"
+    )
+
+
+def _inner_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, MaskTuningLayer]]:
+    for name, child in list(module.named_children()):
+        if isinstance(child, MaskTuningLayer):
+            yield module, name, child
+        yield from _inner_layers(child)
+
+
+def _with(tensor: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """Return a copy of a tensor with other values in some places of its flattened form."""
+    flat = tensor.flatten().index_copy(
+        0, places.to(tensor.device).long(), values.to(tensor.device, tensor.dtype)
+    )
+    return flat.view(tensor.shape)
+
+
+def _broken(adapters: Sequence[str]) -> str:
+    return (
+        f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be "
+        "broken: the training diverged. Use an earlier checkpoint"
+    )
+
+
+def _check_scale(scale: float) -> None:
+    if scale != 1:
+        raise ValueError(
+            f"a mask has no scale, got {scale!r}: switch the adapter off with `disable_adapter`, "
+            "or set another one active"
+        )
