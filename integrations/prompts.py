@@ -11,6 +11,8 @@ from graftune.integrations.families import recognise
 
 # Text towers whose texts begin with their first word rather than with a start of text.
 _WITHOUT_START = {"siglip", "siglip2"}
+# Vision towers that take padded patches with a mask, behind which there is no place for prompts.
+_MASKED_PATCHES = {"siglip2"}
 
 
 def fill_prompt_config(config: DeepPromptConfig, model: nn.Module, tokenizer: Any = None) -> None:
@@ -22,9 +24,10 @@ def fill_prompt_config(config: DeepPromptConfig, model: nn.Module, tokenizer: An
         tokenizer: the model's tokenizer or processor; None looks for it by the model's name.
 
     Raises:
-        ValueError: a tower that is to have prompts is not there, or the words are fewer
-            tokens than there are prompts.
+        ValueError: a tower that is to have prompts is not there or has no place for as many, or
+            the words are fewer tokens than there are prompts.
     """
+    _check_patches(config, model)
     text = text_places(model) if config.has_text else {}
     vision = vision_places(model) if config.has_vision else {}
     for which, wanted, found in (
@@ -38,13 +41,16 @@ def fill_prompt_config(config: DeepPromptConfig, model: nn.Module, tokenizer: An
             )
         for name, value in found.items() if wanted else ():
             setattr(config, name, value)
+    _check_context(config, model)
     if config.has_text and config.init_text and config.init_token_ids is None:
         config.init_token_ids = _word_ids(config, model, tokenizer)
 
 
 def text_places(model: nn.Module) -> dict[str, Any]:
     """Return the config fields that reach a model's text tower; empty if it has none."""
-    start = 0 if recognise(model).architecture in _WITHOUT_START else 1
+    # SigLIPs, which open_clip knows by their pooling, have no token before the first word.
+    last = getattr(getattr(model, "text", None), "pool_type", None) == "last"
+    start = 0 if last or recognise(model).architecture in _WITHOUT_START else 1
     for embedding, blocks in (
         ("text_model.embeddings.token_embedding", "text_model.encoder.layers"),
         ("embeddings.token_embedding", "encoder.layers"),
@@ -76,6 +82,40 @@ def _has(model: nn.Module, name: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def _check_patches(config: DeepPromptConfig, model: nn.Module) -> None:
+    masked = recognise(model).architecture in _MASKED_PATCHES
+    if masked and config.has_vision and config.vision_blocks is None:
+        raise ValueError(
+            f"prompts are not defined for the vision tower of {type(model).__name__}, which masks "
+            "the padding of its patches; leave it out with num_tokens_vision=0, or use a SigLIP2 "
+            "of fixed resolution, which is a SiglipModel"
+        )
+
+
+def _check_context(config: DeepPromptConfig, model: nn.Module) -> None:
+    """Raise when a text has not as many positions as prompts, a start and an end need."""
+    length = _context_length(config, model) if config.has_text else None
+    needed = config.text_start + config.num_tokens_text + 1
+    if length is not None and length < needed:
+        raise ValueError(
+            f"num_tokens_text={config.num_tokens_text} prompts need texts of {needed} tokens, and "
+            f"{type(model).__name__} takes at most {length}; give num_tokens_text of at most "
+            f"{length - config.text_start - 1}"
+        )
+
+
+def _context_length(config: DeepPromptConfig, model: nn.Module) -> int | None:
+    """The number of positions beside the token embedding; None where there are none."""
+    name = (config.text_embedding or "").rpartition(".")[0]
+    if not _has(model, name):
+        return None
+    tables = dict(model.get_submodule(name).named_parameters())
+    for table in ("position_embedding.weight", "positional_embedding"):
+        if table in tables:
+            return int(tables[table].shape[0])
+    return None
 
 
 def _word_ids(config: DeepPromptConfig, model: nn.Module, tokenizer: Any) -> list[int]:

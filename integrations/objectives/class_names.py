@@ -20,6 +20,7 @@ from graftune.integrations.objectives.labels import (
     cross_entropy,
 )
 from graftune.integrations.objectives.names import clean_class_names, clean_templates
+from graftune.integrations.objectives.prompted_texts import check_names_are_left
 from graftune.integrations.objectives.unwrap import base_of
 
 
@@ -43,7 +44,8 @@ class ClassNameClassifier(nn.Module):
 
     Raises:
         ValueError: empty or repeated class names, a template without `{}`; when called, labels out
-            of range or a text that is longer than the model takes.
+            of range, a text that is longer than the model takes, or one in which prompts would
+            take the place of the class name.
         TypeError: when called, a model without an image and a text tower.
 
     Example:
@@ -98,7 +100,9 @@ class ClassNameClassifier(nn.Module):
     def tokens(self, model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
         """Return the tokens of `texts()` on a device; they are computed at the first call."""
         if not self._tokens:
-            self._tokens = towers.tokenize(model, self.tokenizer, self.texts())
+            tokens = towers.tokenize(model, self.tokenizer, self.texts())
+            check_names_are_left(model, next(iter(tokens.values())), self.class_names)
+            self._tokens = tokens
         self._tokens = {name: tensor.to(device) for name, tensor in self._tokens.items()}
         return self._tokens
 

@@ -25,19 +25,15 @@ def cut_after_end(model: nn.Module, base: nn.Module, text: torch.Tensor) -> Iter
     Args:
         model: the model as it is called, wrapped or not.
         base: open_clip's own model within it.
-        text: token ids, (T, length), with the highest id at the end of each text.
+        text: token ids, (T, length), each with its end of text.
     """
     tower = getattr(base, "text", base)
     blocks = getattr(tower, "transformer", None)
     if not _is_causal(tower):
-        warn_once(
-            f"{type(base).__name__} not causal",
-            f"the text tower of this {type(base).__name__} is not causal, or pools elsewhere than "
-            "at the end of a text: its texts are not cut there",
-        )
+        say_not_cut(base)
         yield
         return
-    longest = int(text.argmax(dim=-1).max()) + 1
+    longest = int(_ends(tower, text).max()) + 1
     if blocks is None or longest >= text.shape[1] or _is_compiled(model):
         yield  # compiled code does not see hooks that come and go
         return
@@ -62,11 +58,31 @@ def cut_after_end(model: nn.Module, base: nn.Module, text: torch.Tensor) -> Iter
             handle.remove()
 
 
+def say_not_cut(base: nn.Module) -> None:
+    """Say once that a model's texts keep their full length."""
+    warn_once(
+        f"{type(base).__name__} not causal",
+        f"the text tower of this {type(base).__name__} is not causal, or pools elsewhere than at "
+        "the end of a text: its texts are not cut there",
+    )
+
+
+def _pool(tower: Any) -> str:
+    return getattr(tower, "text_pool_type", getattr(tower, "pool_type", "argmax"))
+
+
+def _ends(tower: Any, text: torch.Tensor) -> torch.Tensor:
+    """The position of each text's end, where the tower takes its feature: (T, length) to (T,)."""
+    if _pool(tower) == "eos":
+        end = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+        return (text == end).int().argmax(dim=-1)
+    return text.argmax(dim=-1)
+
+
 def _is_causal(tower: Any) -> bool:
-    pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", "argmax"))
     mask = getattr(tower, "attn_mask", None)
     appended = getattr(tower, "cls_emb", None)
-    return mask is not None and appended is None and pool in ("argmax", "eos")
+    return mask is not None and appended is None and _pool(tower) in ("argmax", "eos")
 
 
 def _is_compiled(model: nn.Module) -> bool:

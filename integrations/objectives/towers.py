@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from graftune.integrations.objectives.text_cut import cut_after_end
+from graftune.integrations.objectives.text_cut import cut_after_end, say_not_cut
 from graftune.integrations.objectives.unwrap import base_of
 
 _TEXTS_AT_A_TIME = 512
@@ -68,7 +68,8 @@ def tokenize(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> dict[str
 
     Raises:
         ValueError: a text has more tokens than the model has positions.
-        TypeError: the tokenizer belongs to another library than the model.
+        TypeError: the tokenizer belongs to another library than the model, or the model takes more
+            than pixels.
     """
     base = base_of(model)
     if is_transformers(base):
@@ -81,13 +82,14 @@ def tokenize(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> dict[str
             "open_clip.get_tokenizer(...) with open_clip"
         )
     if not is_transformers(base):
-        # Its text tower adds all positions at once: only the full length fits.
-        length = base.context_length if hasattr(base, "context_length") else None
-        return {"text": tokenizer(list(texts), context_length=length)}
+        return {"text": _tokenize_at_full_length(base, tokenizer, list(texts))}
+    _check_pixels_are_enough(base)
     text_config = base.config.text_config
     most = getattr(text_config, "max_position_embeddings", tokenizer.model_max_length)
     full = base.config.model_type in _PADDED_TO_FULL_LENGTH
     padding = {"padding": "max_length", "max_length": most} if full else {"padding": "longest"}
+    if full:
+        say_not_cut(base)
     tokens = dict(tokenizer(list(texts), return_tensors="pt", **padding))
     if tokens["input_ids"].shape[1] > most:
         longest = max(texts, key=lambda text: len(tokenizer(text)["input_ids"]))
@@ -97,6 +99,31 @@ def tokenize(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> dict[str
         )
     tokens.pop("token_type_ids", None)
     return tokens
+
+
+def _tokenize_at_full_length(base: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
+    """Tokens for a text tower of open_clip, which adds all positions at once: (T, length)."""
+    length = getattr(base, "context_length", None)
+    ids: torch.Tensor = tokenizer(texts, context_length=length)
+    # What is too long is cut off in silence; a text that is cut has no padding at its end.
+    full = (ids[:, -1] != ids[:, -2]).nonzero().flatten().tolist()
+    if length is not None and full:
+        longer = tokenizer([texts[row] for row in full], context_length=length + 1)
+        wrong = (longer[:, :length] != ids[full]).any(1).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(
+                f"{texts[full[wrong[0]]]!r} has more than the {length} tokens that the model "
+                "takes; shorten the class name or the template"
+            )
+    return ids
+
+
+def _check_pixels_are_enough(base: Any) -> None:
+    if base.config.model_type == "siglip2":
+        raise TypeError(
+            f"{type(base).__name__} takes patches with a mask and their shapes, and this objective "
+            "has only pixels for it; use a SigLIP2 of fixed resolution, which is a SiglipModel"
+        )
 
 
 def joint_forward(

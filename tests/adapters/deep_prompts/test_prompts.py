@@ -177,6 +177,11 @@ def test_prompts_beside_an_adapter_of_the_weights_train_together() -> None:
     [
         ({"depth_text": 3}, ValueError, "the text tower has 2 blocks"),
         ({"depth_vision": 3}, ValueError, "the vision tower has 2 blocks"),
+        (
+            {"num_tokens_text": 15},
+            ValueError,
+            "give num_tokens_text of at most 14",
+        ),
         ({"num_tokens_text": -1}, ValueError, "`num_tokens_text` must be a whole number"),
         ({"depth_text": 0, "num_tokens_vision": 0}, ValueError, "no prompts in either tower"),
         ({"init_token_ids": [1]}, ValueError, "1 ids for num_tokens_text=2"),

@@ -191,6 +191,16 @@ def test_a_text_that_is_too_long_is_named() -> None:
         ClassNameClassifier([" ".join(["red"] * 13)], tokenizer)(model, pictures())
 
 
+def test_a_text_that_open_clip_would_cut_off_is_named() -> None:
+    import open_clip
+
+    model, tokenizer = clip("open_clip-vit")[0], open_clip.SimpleTokenizer()
+    fits, long = (" ".join(["red"] * words) for words in (14, 15))  # with start and end of text
+    assert towers.tokenize(model, tokenizer, [fits, "the blue"])["text"].shape == (2, 16)
+    with pytest.raises(ValueError, match=r"'red red.* has more than the 16 tokens that the model"):
+        towers.tokenize(model, tokenizer, ["the blue", fits, long])
+
+
 def test_a_model_without_texts_is_named() -> None:
     with pytest.raises(TypeError, match="ViTForImageClassification has no image tower beside"):
         ClassNameClassifier(NAMES, None)(MODELS["transformers-vit"].build(), pictures())
