@@ -35,6 +35,30 @@ def cosine_rates(epochs: int, rate: float, warmup_rate: float | None = None) -> 
     return first + [rate * (1 + math.cos(math.pi * count / epochs)) / 2 for count in counts]
 
 
+def quarter_cosine_rates(epochs: int, rate: float) -> list[float]:
+    """Return η_e = η · cos(0.99 · π/2 · e / (E − 1)) for the epochs e = 0..E−1.
+
+    Slow at first, then down to a hundredth part of a quarter turn above 0: the rates of a task in
+    class-incremental learning (CODA-Prompt, arXiv 2211.13218, and OVOR, arXiv 2402.04129). The
+    authors' released code has each rate one epoch late, so that the first occurs twice.
+
+    Args:
+        epochs: E ≥ 1.
+        rate: η > 0.
+
+    Raises:
+        ValueError: E < 1.
+
+    Example:
+        >>> [round(rate, 4) for rate in quarter_cosine_rates(3, 1.0)]
+        [1.0, 0.7127, 0.0157]
+    """
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    turn = 0.99 * math.pi / 2 / max(epochs - 1, 1)
+    return [rate * math.cos(turn * epoch) for epoch in range(epochs)]
+
+
 def epoch_schedule(optimizer: Optimizer, rates: Sequence[float], steps_per_epoch: int) -> LambdaLR:
     """Return a scheduler, stepped once an optimizer step, that gives each epoch its rate.
 

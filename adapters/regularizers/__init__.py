@@ -9,6 +9,8 @@ from .gaussian_averaging import GaussianAveraging, gaussian_weights
 from .gradient_dropout import GradientDropout, gradient_dropout
 from .l2_to_start import L2ToStart
 from .mask_norm import MaskNorm, mask_norm
+from .outlier_regularizer import VirtualOutliers
+from .outliers import outlier_loss, virtual_outliers
 from .recording import record, recorded
 from .self_regulation import SelfRegulation, self_regulation_loss
 from .session import Regularization
@@ -26,11 +28,14 @@ __all__ = [
     "Run",
     "SelfRegulation",
     "Step",
+    "VirtualOutliers",
     "gaussian_weights",
     "gradient_dropout",
     "mask_norm",
+    "outlier_loss",
     "record",
     "recorded",
     "regularizer",
     "self_regulation_loss",
+    "virtual_outliers",
 ]

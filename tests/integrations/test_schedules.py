@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from graftune.integrations.schedules import cosine_rates, epoch_schedule
+from graftune.integrations.schedules import cosine_rates, epoch_schedule, quarter_cosine_rates
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "schedules.npz")
 
@@ -26,6 +26,14 @@ def test_golden(case: str, epochs: int, rate: float | None, warmup: float | None
     expected = GOLDEN[case]
     rates = cosine_rates(epochs, rate or float(expected[0]), warmup)
     np.testing.assert_allclose(rates, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("epochs", [20, 50])
+def test_golden_quarter_cosine(epochs: int) -> None:
+    expected = GOLDEN[f"ovor_K{epochs}"]
+    rates = quarter_cosine_rates(epochs, float(expected[0]))
+    np.testing.assert_allclose([rates[0], *rates[:-1]], expected, rtol=1e-9)
+    assert quarter_cosine_rates(1, 0.5) == [0.5]
 
 
 def test_every_step_of_an_epoch_has_its_rate() -> None:
