@@ -3,5 +3,6 @@
 from graftune.adapters.deep_prompts import DeepPromptConfig
 from graftune.adapters.flora import FloraConfig
 from graftune.adapters.mask_tuning import MaskTuningConfig
+from graftune.adapters.sara import SaraConfig
 
-__all__ = ["DeepPromptConfig", "FloraConfig", "MaskTuningConfig"]
+__all__ = ["DeepPromptConfig", "FloraConfig", "MaskTuningConfig", "SaraConfig"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from graftune.adapters import DeepPromptConfig, FloraConfig, MaskTuningConfig
+from graftune.adapters import DeepPromptConfig, FloraConfig, MaskTuningConfig, SaraConfig
 from graftune.adapters.checkpoint import AdapterMismatchError
 from graftune.adapters.regularizers import (
     FrozenDistillation,
@@ -55,6 +55,7 @@ __all__ = [
     "Recipe",
     "Regularization",
     "Regularizer",
+    "SaraConfig",
     "SelfRegulation",
     "Trainer",
     "TrainerMixin",

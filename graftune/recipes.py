@@ -11,6 +11,7 @@ from graftune.adapters.deep_prompts import DeepPromptConfig
 from graftune.adapters.flora import FloraConfig
 from graftune.adapters.mask_tuning import MaskTuningConfig
 from graftune.adapters.regularizers import GaussianAveraging, Regularizer, SelfRegulation
+from graftune.adapters.sara import SaraConfig
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ _RECIPES = {
             config_cls=MaskTuningConfig,
             paper="Regularized Mask Tuning: Uncovering Hidden Knowledge in Pre-trained "
             "Vision-Language Models, ICCV 2023, arXiv 2307.15049",
+        ),
+        Recipe(
+            name="sara",
+            config_cls=SaraConfig,
+            paper="SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse "
+            "Low-Rank Adaptation, ICLR 2025, arXiv 2409.06633",
         ),
     )
 }

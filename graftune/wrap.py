@@ -15,6 +15,7 @@ from graftune.adapters.mask_tuning import MaskTuningConfig
 from graftune.adapters.messages import listing, nearest
 from graftune.adapters.regularizers import Regularizer, record
 from graftune.adapters.restore import untouched_on_error
+from graftune.adapters.sara import SaraConfig
 from graftune.integrations.families import default_targets, recognise
 from graftune.integrations.masks import fill_mask_config
 from graftune.integrations.prompts import fill_prompt_config
@@ -22,7 +23,15 @@ from graftune.recipes import recipes
 
 # Fields that PEFT or graftune fill themselves.
 _NOT_FOR_USERS = frozenset(
-    {"peft_type", "peft_version", "auto_mapping", "base_digest", "regularizers"}
+    {
+        "peft_type",
+        "peft_version",
+        "auto_mapping",
+        "base_digest",
+        "base_dtype",
+        "cutoff",
+        "regularizers",
+    }
 )
 
 
@@ -150,8 +159,8 @@ def _fill(config: Any, model: nn.Module, tokenizer: Any) -> None:
     if isinstance(config, MaskTuningConfig):
         fill_mask_config(config, model)
         return
-    if getattr(config, "target_modules", "absent") is not None:
-        return
+    if getattr(config, "target_modules", "absent") is not None or isinstance(config, SaraConfig):
+        return  # SaRA's own default is every module
     if getattr(config, "target_parameters", None):
         return
     targets = default_targets(model)

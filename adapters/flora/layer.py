@@ -9,15 +9,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from ..scaling import ScaledLayer
 from .config import FloraConfig
 from .functional import concatenate, tucker_weight
 
 
-class FloraLayer(nn.Module, BaseTunerLayer):
+class FloraLayer(nn.Module, ScaledLayer):
     """Base of the layers that carry FLoRA adapters.
 
     The tensors of an adapter are `flora_core[adapter]` and `flora_factor<n>[adapter]`, one factor
@@ -35,8 +36,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.adapter_layer_names = ()
         self.r: dict[str, Any] = {}
-        self.scale: dict[str, float] = {}  # as configured
-        self.scaling: dict[str, float] = {}  # as applied; `set_scale` and `scale_layer` change it
+        self.scale, self.scaling = {}, {}
         self.uses_chain: dict[str, bool] = {}
         self.flora_dropout = nn.ModuleDict()
         self.merged_adapters = []
@@ -72,29 +72,6 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     @staticmethod
     def _container() -> nn.Module:
         return nn.ParameterDict()
-
-    def _present(self, adapter_names: Iterable[str]) -> list[str]:
-        return [name for name in adapter_names if name in self.scaling]
-
-    # Scales, as diffusers sets them.
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Set an adapter's scale to `scale` times the configured one."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.scale[adapter]
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of the active adapters by `scale`."""
-        for adapter in self._present(self.active_adapters):
-            self.scaling[adapter] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scale of active adapters by `scale`; None goes back to the configured one."""
-        for adapter in self._present(self.active_adapters):
-            if scale is None:
-                self.scaling[adapter] = self.scale[adapter]
-            else:
-                self.scaling[adapter] /= scale
 
     # Merging.
 

@@ -299,7 +299,11 @@ def test_other_copies_of_the_base_are_recognised_and_other_bases_refused(
 ) -> None:
     method.wrap_trained(case.build()).save_pretrained(tmp_path)
     for dtype in (torch.float16, torch.bfloat16):
-        graftune.load(case.build().to(dtype), tmp_path)
+        if not method.needs_own_base:
+            graftune.load(case.build().to(dtype), tmp_path)
+            continue
+        with pytest.raises(graftune.BaseModelMismatchError, match=f"{dtype}"[6:]):
+            graftune.load(case.build().to(dtype), tmp_path)
 
     other = case.build()
     with torch.no_grad():
@@ -313,6 +317,11 @@ def test_other_copies_of_the_base_are_recognised_and_other_bases_refused(
     assert all(p.requires_grad for p in other.parameters())
     for name, tensor in other.state_dict().items():
         assert_equal(tensor, state[name])
+    if method.needs_own_base:
+        for check in ("warn", "off"):
+            with pytest.raises(graftune.BaseModelMismatchError, match="other places"):
+                graftune.load(copy.deepcopy(other), tmp_path, check_base=check)
+        return
     with pytest.warns(UserWarning, match="another base model"):
         graftune.load(copy.deepcopy(other), tmp_path, check_base="warn")
     with pytest.warns(UserWarning, match="another base model"):

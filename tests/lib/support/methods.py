@@ -24,6 +24,8 @@ class MethodCase:
         prefix: what the names of its tensors begin with; its name and "_" unless given.
         starts_as_base: whether a fresh adapter leaves the model's output as it is.
         merges: whether `merge_and_unload` is defined.
+        needs_own_base: whether an adapter fits no other copy of its base model, in another dtype or
+            with other values, whatever the user says.
         merge_tolerance: largest difference between merged and unmerged outputs in float32,
             relative to the output's scale.
     """
@@ -34,6 +36,7 @@ class MethodCase:
     prefix: str = ""
     starts_as_base: bool = True
     merges: bool = True
+    needs_own_base: bool = False
     merge_tolerance: float = 1e-5
 
     def wrap(self, model: nn.Module, adapter_name: str = "default", **overrides: Any) -> PeftModel:
@@ -55,6 +58,12 @@ METHODS = {
     for case in (
         MethodCase(name="flora", options={"r": 3}),
         MethodCase(name="mask_tuning", merge_tolerance=0.0),
+        MethodCase(
+            name="sara",
+            # Outside of a BERT's last hidden state: nothing reaches its pooler.
+            options={"fraction": 0.2, "exclude_modules": ["pooler.dense"]},
+            needs_own_base=True,
+        ),
         MethodCase(
             name="promptsrc",
             options={

@@ -1,0 +1,265 @@
+"""SaRA as a PEFT tuner: what is selected, where it is put, and how it is saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import Tensor, nn
+
+from ..messages import listing
+from ..modules import is_target_parameter, without_base_layers
+from ..placing import WeightTuner
+from ..tuner import BaseModelMismatchError
+from . import stored
+from .config import SaraConfig
+from .functional import count_below, cutoff_for, magnitude_of_rank, selected, tensor_seed
+from .layer import SaraLayer
+from .places import Places
+from .targets import is_target_module, may_own_target, target_tensors
+
+
+class SaraModel(WeightTuner):
+    """A model of whose weights some entries are trained in place (arXiv 2409.06633).
+
+    Args:
+        model: the base model.
+        config: a `SaraConfig`.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: create the values on the meta device, to be loaded next.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+        >>> model = get_peft_model(base, SaraConfig(fraction=0.1))
+    """
+
+    prefix = "sara_"
+    tuner_layer_cls = SaraLayer
+    parameter_layer_cls = SaraLayer
+    target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 (as PEFT declares it)
+
+    # What is selected.
+
+    @classmethod
+    def adapter_shapes(
+        cls, config: Any, key: str, module: nn.Module, parameter: str | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the vectors of values that the adapter would add to one target.
+
+        At most those: how many there are is known once `config.cutoff` is.
+
+        Raises:
+            ValueError: the module has no parameters of its own.
+        """
+        names = [parameter] if parameter else [n for n, _ in module.named_parameters(recurse=False)]
+        if not names:
+            raise ValueError(f"{key!r} has no parameters of its own")
+        if config.cutoff is None:
+            return {f"sara_values.{name}": (getattr(module, name).numel(),) for name in names}
+        places = {name: _places(config, f"{key}.{name}", getattr(module, name)) for name in names}
+        return {f"sara_values.{name}": (p.count,) for name, p in places.items() if p.count}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Select entries over all targets and attach them."""
+        if state_dict is not None:
+            self._check_targets(model, self.peft_config[adapter_name])
+        super().inject_adapter(
+            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+        )
+        adapted = {
+            without_base_layers(key)
+            for key, layer in model.named_modules()
+            if isinstance(layer, SaraLayer)
+        }
+        self.targeted_module_names = [n for n in self.targeted_module_names if n in adapted]
+
+    def _check_targets(self, model: nn.Module, config: Any) -> None:
+        merged = [k for k, x in model.named_modules() if isinstance(x, SaraLayer) and x.merged]
+        if merged:
+            raise ValueError(
+                "SaRA selects from the base model's own weights, and an adapter is merged into "
+                f"them ({listing(merged, 3)}): call `unmerge_adapter` first"
+            )
+        tensors = target_tensors(config, model)
+        self._targets = set(tensors)
+        if not tensors:
+            raise NoMatchingPeftModuleError(self._no_match_message(model, config))
+        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+        dtype = "+".join(dtypes)
+        if not is_from_file(config):
+            config.base_dtype = dtype
+            config.cutoff = _cutoff(config, tensors)
+        elif config.base_dtype not in (None, dtype) and not config.store_indices:
+            raise BaseModelMismatchError(
+                f"the adapter's entries were selected from {config.base_dtype} weights, and those "
+                f"of this base model are {dtype}: rounded, other ones are the smallest. Load the "
+                f"base model in {config.base_dtype}; or save the adapter with store_indices=True, "
+                "and it fits copies in any dtype"
+            )
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        if any(part.startswith("sara_") for part in key.split(".")):
+            return False  # the inside of a layer
+        found = is_target_module(peft_config, key)
+        return found or may_own_target(peft_config, key) or found
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Return the names of the parameters that are targeted: they came with their modules."""
+        return [name for name in self._targets if is_target_parameter(peft_config, name)]
+
+    # Attaching.
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(parent, SaraLayer):
+            parent = parent.base_layer
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, nn.MultiheadAttention):
+            # Read by the attention, and adapted with it.
+            key = f"{current_key}.out_proj"
+            self._adapt(peft_config, adapter_name, base.out_proj, "out_proj", base, key)
+        self._adapt(peft_config, adapter_name, target, target_name, parent, current_key)
+
+    def _adapt(
+        self,
+        config: SaraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        key: str,
+    ) -> None:
+        if isinstance(target, SaraLayer) and adapter_name in target.places:
+            return
+        base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        places = {
+            name: _places(config, f"{key}.{name}", tensor)
+            for name, tensor in base.named_parameters(recurse=False)
+            if f"{key}.{name}" in self._targets
+        }
+        waiting = waits_for_indices(config)
+        places = {name: found for name, found in places.items() if found.count or waiting}
+        if not places:
+            return
+        if isinstance(target, SaraLayer):
+            target.update_layer(adapter_name, config, places)
+            return
+        layer = SaraLayer(target, adapter_name, config, places)
+        self._replace_module(parent, target_name, layer, target)
+        self._activate(layer, config)
+
+    def adapt_module(self, *args: Any, **kwargs: Any) -> None:
+        """Put a layer around a module: what its own parameters are makes no difference."""
+        self._adapt(*args, **kwargs)
+
+    def adapt_parameters(self, *args: Any, **kwargs: Any) -> None:
+        """Adapt the parameters that were selected from."""
+        self._adapt(*args[:-1], **kwargs)
+
+    # Saving and loading.
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        tensors = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        store_indices: bool = config.store_indices  # type: ignore[attr-defined]
+        return tensors | stored.places_tensors(model, adapter_name, store_indices)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        places, values = stored.split(state_dict)
+        layers = {
+            cls._remove_adapter_name_from_key(f"{key}.sara_places.{adapter_name}", adapter_name): x
+            for key, x in model.named_modules()
+            if isinstance(x, SaraLayer) and adapter_name in x.places
+        }
+        stored.enter_places(layers, places, values, adapter_name, config)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, values)
+
+
+def is_from_file(config: SaraConfig) -> bool:
+    """Say whether a config was read with a saved adapter, whose selection it describes."""
+    return config.base_digest is not None and not config.base_digest_is_fresh
+
+
+def waits_for_indices(config: SaraConfig) -> bool:
+    """Say whether the entries are those that a file lists, which is read next."""
+    return is_from_file(config) and config.store_indices
+
+
+def _places(config: SaraConfig, name: str, tensor: Tensor) -> Places:
+    if waits_for_indices(config):
+        return Places.of(torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device))
+    assert config.cutoff is not None
+    select: Any = config.select
+    return Places.of(selected(tensor, config.cutoff, select, tensor_seed(config.seed, name)))
+
+
+def _cutoff(config: SaraConfig, tensors: dict[str, Tensor]) -> float:
+    """Return the magnitude, or for random selection the share, that a config comes down to.
+
+    Raises:
+        ValueError: it selects nothing, or everything.
+    """
+    total = sum(tensor.numel() for tensor in tensors.values())
+    if config.threshold is not None:
+        given, count = f"threshold={config.threshold}", count_below(tensors, config.threshold)
+    elif config.fraction is not None:
+        given, count = f"fraction={config.fraction}", int(config.fraction * total)
+    else:
+        assert config.num_parameters is not None
+        given, count = f"num_parameters={config.num_parameters}", config.num_parameters
+    if 0 < count < total:
+        select: Any = config.select
+        if config.threshold is not None and select == "smallest":
+            return config.threshold
+        cutoff = cutoff_for(tensors, count, select)
+        if select != "smallest" or count_below(tensors, cutoff):
+            return cutoff
+        count = 0
+    what = "nothing" if count == 0 else "everything"
+    sizes = [magnitude_of_rank(tensors, rank) for rank in (0, total // 10, total - 1)]
+    raise ValueError(
+        f"{given} selects {what} of the {total:,} targeted weights, whose magnitudes reach from "
+        f"{sizes[0]:.3g} to {sizes[2]:.3g} with a tenth of them below {sizes[1]:.3g}. Give a "
+        "threshold in between, or a share of them with `fraction`"
+    )
