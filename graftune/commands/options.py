@@ -104,6 +104,11 @@ class TrainOptions(TaskOptions, DataOptions, ModelOptions):
         },
     )
     shots: int | None = option(None, "Training pictures a class, drawn by the seed. None: all.")
+    first_epoch_rate: float | None = option(
+        None,
+        "Learning rate of the whole first epoch, such as 1e-5; each later epoch then has its own, "
+        "on a cosine that starts at learning_rate. None: lr_scheduler_type, step by step.",
+    )
     eval_data: str | None = option(None, "What to measure on. None: a part of the data.")
     eval_split: str | None = option(
         None,
@@ -135,6 +140,8 @@ class TrainOptions(TaskOptions, DataOptions, ModelOptions):
                 raise UsageError(f"there is no {name}: give `{name}` in the file or --{name}")
         if not 0 <= self.eval_share < 1:
             raise UsageError(f"eval_share is {self.eval_share}; it is at least 0 and less than 1")
+        if self.first_epoch_rate is not None and not self.first_epoch_rate > 0:
+            raise UsageError(f"first_epoch_rate is {self.first_epoch_rate}; it is greater than 0")
 
     @property
     def adapter_fields(self) -> dict[str, Any]:

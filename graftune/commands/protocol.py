@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
 
 from graftune.adapters.messages import listing, nearest
 from graftune.commands.adapt import adapt, check_method
@@ -17,6 +20,7 @@ from graftune.commands.parsing import OptionParser
 from graftune.commands.report import console, quiet, table
 from graftune.commands.training_options import ELSEWHERE, TrainArguments
 from graftune.integrations.base_models import load_base_model
+from graftune.integrations.data import select_classes
 from graftune.integrations.hub import versions
 from graftune.integrations.protocols import (
     ProtocolResult,
@@ -66,10 +70,36 @@ def run(arguments: Sequence[str]) -> None:
     file, keys = (rest[0], rest[1:]) if has_file else (None, rest)
     options, args = parser.parse_with_file(file, arguments if name.startswith("-") else keys)
     check_method(options)
+    _check_options(options)
     quiet()
     result = _PROTOCOLS[name](options, _study(options, args))
+    _with_splits(result, options)
     if args.process_index == 0:
         _write(result, options, Path(args.output_dir))
+    _end_together()
+
+
+def _end_together() -> None:
+    """End in all processes at once: one that is still writing needs the others."""
+    gc.collect()  # trainers, whose wrapped models hold the processes' group
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def _check_options(options: ProtocolOptions) -> None:
+    """Refuse what a protocol would pass over: it keeps no adapter and learns by class names."""
+    uses = {
+        "objective": options.objective in (None, "class_names"),
+        "resume": options.resume is None,
+        "push_to": options.push_to is None,
+    }
+    for name, fits in uses.items():
+        if not fits:
+            raise UsageError(
+                f"a protocol has no use for `{name}`: it trains anew for every seed, by class "
+                "names, and keeps the numbers alone; leave it out, or say `graftune train`"
+            )
 
 
 def _study(options: ProtocolOptions, args: TrainArguments) -> Study:
@@ -85,6 +115,7 @@ def _study(options: ProtocolOptions, args: TrainArguments) -> Study:
         args,
         tokenizer=first.tokenizer,
         template=options.template,
+        epoch_rates=args.epoch_rates(options.first_epoch_rate),
     )
 
 
@@ -92,33 +123,74 @@ def _shots(options: ProtocolOptions) -> int:
     return 16 if options.shots is None else options.shots
 
 
+def _test_source(options: ProtocolOptions) -> str:
+    return str(options.eval_data or options.data)
+
+
 def _data(options: ProtocolOptions) -> tuple[Any, Any]:
-    """The pictures, and those to measure on where they are apart: all classes of both."""
-    data = pictures(options, str(options.data), options.split)
+    """The pictures, and those to measure on where they are apart, each of the named classes."""
+    data = _of_classes(pictures(options, str(options.data), options.split), options)
     if options.eval_data is None and options.eval_split is None:
         return data, None
-    where = options.eval_data or str(options.data)
-    return data, pictures(options, where, options.eval_split or options.split)
+    test = pictures(options, _test_source(options), options.eval_split or options.split)
+    return data, _of_classes(test, options)
+
+
+def _of_classes(data: Any, options: ProtocolOptions) -> Any:
+    """The pictures of the classes that are named; what halves are for, the protocol says."""
+    if options.classes in (["all"], ["first-half"], ["second-half"]):
+        return data
+    return select_classes(data, options.classes)
 
 
 def _base_to_novel(options: ProtocolOptions, study: Study) -> ProtocolResult:
     data, test = _data(options)
-    shots, source = _shots(options), str(options.data)
-    return base_to_novel(study, data, test=test, shots=shots, seeds=options.seeds, source=source)
+    return base_to_novel(
+        study,
+        data,
+        test=test,
+        shots=_shots(options),
+        seeds=options.seeds,
+        source=str(options.data),
+        test_source=_test_source(options),
+    )
 
 
 def _few_shot(options: ProtocolOptions, study: Study) -> ProtocolResult:
     data, test = _data(options)
-    counts, source = options.counts, str(options.data)
-    return few_shot_curve(study, data, test=test, shots=counts, seeds=options.seeds, source=source)
+    return few_shot_curve(
+        study,
+        data,
+        test=test,
+        shots=options.counts,
+        seeds=options.seeds,
+        source=str(options.data),
+        test_source=_test_source(options),
+    )
 
 
 def _cross_dataset(options: ProtocolOptions, study: Study) -> ProtocolResult:
-    others = {short_name(name): pictures(options, name, options.split) for name in options.others}
-    data, shots = _data(options)[0], _shots(options)
+    split, shots = options.eval_split or options.split, _shots(options)
+    others = {short_name(name): pictures(options, name, split) for name in options.others}
+    data = _of_classes(pictures(options, str(options.data), options.split), options)
     return cross_dataset(
         study, data, others, shots=shots, seeds=options.seeds, source=str(options.data)
     )
+
+
+def _with_splits(result: ProtocolResult, options: ProtocolOptions) -> None:
+    """Note in the record which part of the data was trained on, and which measured on."""
+    apart = options.eval_split or options.split
+    has_test = options.eval_data is not None or options.eval_split is not None
+    result.selections = [replace(chosen, split=options.split) for chosen in result.selections]
+    result.measured = [
+        {
+            # "source" is what cross-dataset leaves of the data it trains on.
+            name: replace(chosen, split=apart if has_test and name != "source" else options.split)
+            for name, chosen in of_run.items()
+        }
+        for of_run in result.measured
+    ]
 
 
 _PROTOCOLS: dict[str, Callable[[ProtocolOptions, Study], ProtocolResult]] = {
@@ -153,6 +225,7 @@ def _write(result: ProtocolResult, options: ProtocolOptions, folder: Path) -> No
         "model": options.model,
         "recipe": options.recipe,
         "adapter": options.adapter_fields,
+        "regularizers": options.given_regularizers,
         "template": options.template,
         **result.to_dict(),
         "versions": versions(),

@@ -70,7 +70,7 @@ def train(options: TrainOptions, args: TrainArguments) -> None:
     set_seed(args.seed)  # new heads and adapters start at random
     task = build_task(options, args, objective)
     model = adapt(task.base, options)
-    trainer = _trainer(model, args, task)
+    trainer = _trainer(model, args, task, args.epoch_rates(options.first_epoch_rate))
     say = console().print if trainer.is_world_process_zero() else _say_nothing
     _announce(say, options, args, task, model, checkpoint)
 
@@ -114,7 +114,9 @@ def _checkpoint(resume: str | None, folder: Path) -> Path | None:
     return None
 
 
-def _trainer(model: PeftModel, args: TrainArguments, task: Task) -> Any:
+def _trainer(
+    model: PeftModel, args: TrainArguments, task: Task, epoch_rates: list[float] | None
+) -> Any:
     measured = task.measurements[0].data if task.measurements else None
     return Trainer(
         model=model,
@@ -126,6 +128,7 @@ def _trainer(model: PeftModel, args: TrainArguments, task: Task) -> Any:
         preprocess_logits_for_metrics=getattr(
             task.objective, "preprocess_logits_for_metrics", None
         ),
+        epoch_rates=epoch_rates,
     )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+
+from graftune.integrations.schedules import cosine_rates
 
 # What is said of training arguments that do nothing here.
 ELSEWHERE = {
@@ -38,3 +41,8 @@ class TrainArguments(TrainingArguments):
     do_train: bool = field(default=False, init=False)
     do_eval: bool = field(default=False, init=False)
     do_predict: bool = field(default=False, init=False)
+
+    def epoch_rates(self, first: float | None) -> list[float] | None:
+        """Return the learning rate of each epoch where the first has its own, else None."""
+        epochs = math.ceil(self.num_train_epochs)
+        return None if first is None else cosine_rates(epochs, self.learning_rate, first)

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from graftune.integrations.data.sampling import select_classes, split_classes
-from graftune.integrations.protocols.study import ProtocolResult, Study, draw_shots
+from graftune.integrations.protocols.study import (
+    ProtocolResult,
+    Study,
+    draw_shots,
+    numbered,
+    recorded,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,6 +36,7 @@ def base_to_novel(
     shots: int = 16,
     seeds: Sequence[int] = (1, 2, 3),
     source: object = "",
+    test_source: object = "",
 ) -> ProtocolResult:
     """Train on a few pictures of the first half of the classes; measure on both halves.
 
@@ -43,6 +50,7 @@ def base_to_novel(
         shots: training pictures of each base class.
         seeds: one run each; a seed decides which pictures are trained on and how.
         source: what the data are called in the record.
+        test_source: the same for `test`.
 
     Returns:
         Rows with "base", "novel" and "H" in percent.
@@ -50,15 +58,19 @@ def base_to_novel(
     Raises:
         ValueError: a base class has fewer pictures than `shots`, or there is only one class.
     """
+    data, test = numbered(data), None if test is None else numbered(test)
     base, novel = split_classes(data.features["label"].names)
     result = ProtocolResult("base-to-novel", ("base", "novel", "H"))
     for seed in seeds:
         train, rest, selection = draw_shots(select_classes(data, base), shots, seed, source)
         trainer = study.fit(train, seed)
-        base_test = rest if test is None else select_classes(test, base)
-        novel_test = select_classes(data if test is None else test, novel)
-        accuracies = [study.accuracy(trainer, part) for part in (base_test, novel_test)]
-        row = {"base": accuracies[0], "novel": accuracies[1], "H": harmonic_mean(*accuracies)}
-        result.rows.append({"seed": seed, **row})
+        parts = {
+            "base": rest if test is None else select_classes(test, base),
+            "novel": select_classes(data if test is None else test, novel),
+        }
+        row = {name: study.accuracy(trainer, part) for name, part in parts.items()}
+        result.rows.append({"seed": seed, **row, "H": harmonic_mean(*row.values())})
         result.selections.append(selection)
+        where = source if test is None else test_source
+        result.measured.append({name: recorded(part, where) for name, part in parts.items()})
     return result

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from graftune.integrations.protocols.study import ProtocolResult, Study, draw_shots
+from graftune.integrations.protocols.study import (
+    ProtocolResult,
+    Study,
+    draw_shots,
+    numbered,
+    recorded,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,6 +48,7 @@ def cross_dataset(
             f"others has {sorted(others)}; give at least one other data set by name, none called "
             "'source' or 'average'"
         )
+    data = numbered(data)
     result = ProtocolResult("cross-dataset", ("source", *others, "average"))
     for seed in seeds:
         train, rest, selection = draw_shots(data, shots, seed, source)
@@ -51,4 +58,6 @@ def cross_dataset(
         own = study.accuracy(trainer, rest) if len(rest) else float("nan")
         result.rows.append({"seed": seed, "source": own, **row, "average": average})
         result.selections.append(selection)
+        measured = {name: recorded(numbered(other), name) for name, other in others.items()}
+        result.measured.append({"source": recorded(rest, source), **measured})
     return result

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from graftune.integrations.protocols.study import ProtocolResult, Study, draw_shots
+from graftune.integrations.protocols.study import (
+    ProtocolResult,
+    Study,
+    draw_shots,
+    numbered,
+    recorded,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,6 +25,7 @@ def few_shot_curve(
     shots: Sequence[int] = (1, 2, 4, 8, 16),
     seeds: Sequence[int] = (1, 2, 3),
     source: object = "",
+    test_source: object = "",
 ) -> ProtocolResult:
     """Train on K pictures of every class, for several K, and measure on the others.
 
@@ -30,6 +37,7 @@ def few_shot_curve(
         shots: the numbers K.
         seeds: one run each.
         source: what the data are called in the record.
+        test_source: the same for `test`.
 
     Returns:
         Rows with "shots", and "accuracy" in percent.
@@ -37,14 +45,17 @@ def few_shot_curve(
     Raises:
         ValueError: a class has fewer pictures than the largest K.
     """
+    data = numbered(data)
     result = ProtocolResult("few-shot", ("accuracy",))
     for seed in seeds:
         most, rest, _ = draw_shots(data, max(shots), seed, source)
+        asked, where = (rest, source) if test is None else (numbered(test), test_source)
         for count in shots:
             # Of the pictures that the largest K trains on, so that none is ever measured on.
             train, _, selection = draw_shots(most, count, seed, source)
             trainer = study.fit(train, seed)
-            accuracy = study.accuracy(trainer, rest if test is None else test)
+            accuracy = study.accuracy(trainer, asked)
             result.rows.append({"seed": seed, "shots": count, "accuracy": accuracy})
             result.selections.append(selection)
+            result.measured.append({"accuracy": recorded(asked, where)})
     return result

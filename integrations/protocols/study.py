@@ -33,6 +33,7 @@ class Study:
         arguments: training arguments; the seed is replaced by the protocol's.
         tokenizer: the model's tokenizer, where the processor has none.
         template: one text, or several, each with `{}` where the class name goes.
+        epoch_rates: the learning rate of each epoch, in the place of the arguments' schedule.
 
     Example:
         >>> def wrap():
@@ -46,6 +47,7 @@ class Study:
     arguments: TrainingArguments
     tokenizer: Any = None
     template: str | Sequence[str] = "a photo of a {}."
+    epoch_rates: Sequence[float] | None = None
 
     def objective(self, class_names: Sequence[str]) -> ClassNameClassifier:
         """Return the objective for a list of classes."""
@@ -67,6 +69,7 @@ class Study:
                 objective=self.objective(train.features["label"].names),
                 train_dataset=train,
                 data_collator=ImageCollator(self.processor),
+                epoch_rates=self.epoch_rates,
             )
             trainer.train()
         return trainer
@@ -85,6 +88,7 @@ class ProtocolResult:
         protocol: its name.
         rows: measures in percent by name, with the seed and whatever tells runs apart.
         selections: what each run was trained on.
+        measured: what each run was measured on, by the name of the measure.
         measures: the names of the measures.
     """
 
@@ -92,6 +96,7 @@ class ProtocolResult:
     measures: tuple[str, ...]
     rows: list[dict[str, Any]] = field(default_factory=list)
     selections: list[Selection] = field(default_factory=list)
+    measured: list[dict[str, Selection]] = field(default_factory=list)
 
     def summary(self) -> list[dict[str, Any]]:
         """Return mean and standard deviation over the seeds of every measure, for each setting.
@@ -110,11 +115,16 @@ class ProtocolResult:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON can say it."""
         selections = [dataclasses.asdict(selection) for selection in self.selections]
+        measured = [
+            {name: dataclasses.asdict(selection) for name, selection in of_run.items()}
+            for of_run in self.measured
+        ]
         return {
             "protocol": self.protocol,
             "rows": self.rows,
             "summary": self.summary(),
             "selections": selections,
+            "measured": measured,
         }
 
 
@@ -123,9 +133,23 @@ def draw_shots(
 ) -> tuple[Dataset, Dataset, Selection]:
     """Return a few rows of each class, all others, and the record of what was chosen."""
     chosen, rest = few_shot(data["label"], shots, seed)
+    train = data.select(chosen)
+    return train, data.select(rest), recorded(train, source, seed=seed, shots=shots)
+
+
+def numbered(data: Dataset) -> Dataset:
+    """Return a data set with the numbers of its rows in the column "row", as `load_images` does."""
+    if "row" in data.column_names:
+        return data
+    return data.add_column("row", list(range(len(data))))
+
+
+def recorded(
+    data: Dataset, source: object, seed: int | None = None, shots: int | None = None
+) -> Selection:
+    """Return the record of the rows of a numbered data set."""
     names = data.features["label"].names
-    selection = Selection.of(chosen, source, seed=seed, shots=shots, class_names=names)
-    return data.select(chosen), data.select(rest), selection
+    return Selection.of(data["row"], source, seed=seed, shots=shots, class_names=names)
 
 
 def _mean_and_std(values: Sequence[float]) -> dict[str, float]:

@@ -12,13 +12,14 @@ from graftune.integrations.hub import read_record, refresh_card
 from graftune.integrations.trainer.checkpoints import WholeCheckpoints
 from graftune.integrations.trainer.finite import FiniteLoss
 from graftune.integrations.trainer.objective import ObjectiveTrainer
+from graftune.integrations.trainer.rates import EpochRates
 from graftune.integrations.trainer.recomputing import checkpointing, is_reentrant
 from graftune.integrations.trainer.regularized import RegularizedTrainer
 from graftune.integrations.trainer.seeded import SeededData
 from graftune.integrations.trainer.sharding import any_sharded, check_state, whole_state_dict
 
 
-class TrainerMixin(FiniteLoss, RegularizedTrainer, WholeCheckpoints, SeededData):
+class TrainerMixin(EpochRates, FiniteLoss, RegularizedTrainer, WholeCheckpoints, SeededData):
     """Everything that graftune adds to a trainer of transformers' or TRL's, objectives apart.
 
     Regularizers (`regularizers=`, or those that the adapter's config records), checkpoints that are
@@ -29,6 +30,8 @@ class TrainerMixin(FiniteLoss, RegularizedTrainer, WholeCheckpoints, SeededData)
         *args: the trainer's own.
         regularizers: objects, or dicts with their name and settings. None takes those that the
             adapter's config records; an empty list trains without.
+        epoch_rates: the learning rate of each epoch (`graftune.integrations.schedules`), in the
+            place of the training arguments' schedule.
         **kwargs: the trainer's own.
 
     Example:
@@ -132,11 +135,13 @@ class Trainer(TrainerMixin, ObjectiveTrainer):
             collated batch, as `graftune.integrations.objectives` says. None: the model's own loss.
         regularizers: objects, or dicts with their name and settings. None takes those that the
             adapter's config records; an empty list trains without.
+        epoch_rates: the learning rate of each epoch (`graftune.integrations.schedules`), in the
+            place of the training arguments' schedule.
         **kwargs: those of `transformers.Trainer`.
 
     Raises:
-        ValueError: nothing in the model is trainable, the objective has trainable weights, or a
-            regularizer is unknown.
+        ValueError: nothing in the model is trainable, the objective has trainable weights, a
+            regularizer is unknown, or there are not as many `epoch_rates` as epochs.
         TypeError: a regularizer is not defined for the model.
         FloatingPointError: when training, the loss is not finite; names the step and the batch.
         CheckpointError: when training, a checkpoint could not be written; the last one is intact.

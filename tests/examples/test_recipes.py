@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from graftune.adapters.regularizers import GaussianAveraging, SelfRegulation, regularizer
 from graftune.commands import main
 from graftune.commands.yaml_file import read_yaml
 from support import folders
@@ -25,6 +26,42 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "863 pictures" in made.stdout
     return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "depth", "mean", "std"),
+    [("", 20, 9, 15, 1), ("_few_shot", 50, 9, 30, 30), ("_cross_dataset", 20, 3, 6, 10)],
+)
+def test_promptsrc_has_the_settings_of_the_paper(
+    name: str, epochs: int, depth: int, mean: int, std: int
+) -> None:
+    keys = {k: v.value for k, v in read_yaml(RECIPES / f"promptsrc_vit_b16{name}.yaml").items()}
+    assert keys["num_train_epochs"] == epochs
+    assert keys["adapter"] == {
+        "init_text": "a photo of a",
+        "num_tokens_text": 4,
+        "num_tokens_vision": 4,
+        "depth_text": depth,
+        "depth_vision": depth,
+    }
+    regulation, averaging = keys["regularizers"]
+    assert regularizer(regulation) == SelfRegulation(25, 10, 1)
+    assert regularizer(averaging) == GaussianAveraging(mean, std)
+    paper = {"optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 5e-4}
+    paper |= {"learning_rate": 0.0025, "first_epoch_rate": 1e-5, "per_device_train_batch_size": 4}
+    paper |= {"shots": 16, "template": "a photo of a {}."}
+    assert {key: keys[key] for key in paper} == paper
+
+
+@pytest.mark.slow
+def test_a_protocol_runs_on_the_embedded_pictures(data: Path, tmp_path: Path) -> None:
+    given = ["--model", folders.EMBEDDED, "--data", data / "drawings", "--output_dir", tmp_path]
+    given += ["--seeds", 1, "--shots", 2, "--max_steps", 2, "--use_cpu", "--disable_tqdm", "true"]
+    file = RECIPES / "clip_promptsrc.yaml"
+    assert main(["protocol", "base-to-novel", str(file), *map(str, given)]) == 0
+    found = json.loads((tmp_path / "base-to-novel.json").read_text())
+    assert found["recipe"] == "promptsrc"
+    assert 0 < found["rows"][0]["H"] < 100
 
 
 def test_all_kinds_are_there() -> None:

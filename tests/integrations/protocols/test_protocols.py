@@ -14,6 +14,7 @@ from PIL import Image as Pillow
 from transformers import TrainingArguments
 
 import graftune
+from graftune.integrations.data import Selection, few_shot
 from graftune.integrations.protocols import (
     Study,
     base_to_novel,
@@ -21,6 +22,7 @@ from graftune.integrations.protocols import (
     few_shot_curve,
     harmonic_mean,
 )
+from graftune.integrations.schedules import cosine_rates
 from support.clip import COLOURS, clip
 
 
@@ -74,6 +76,11 @@ def test_base_to_novel(tmp_path: Path) -> None:
         assert selection.class_names == tuple(list(COLOURS)[:2])
         assert (selection.rows, selection.shots, selection.source) == (4, 2, "colours")
     assert result.selections[0].digest != result.selections[1].digest
+    assert again.measured[0] == result.measured[1]
+    for measured in result.measured:
+        assert measured["base"].class_names == tuple(list(COLOURS)[:2])
+        assert measured["novel"].class_names == tuple(list(COLOURS)[2:])
+        assert (measured["base"].rows, measured["novel"].rows) == (8, 12)
     summary = json.loads(json.dumps(result.to_dict()))["summary"]
     bases = [row["base"] for row in result.rows]
     assert summary[0]["base"]["mean"] == pytest.approx(np.mean(bases))
@@ -105,6 +112,43 @@ def test_cross_dataset(tmp_path: Path) -> None:
     assert row["average"] == pytest.approx((row["one"] + row["two"]) / 2)
     with pytest.raises(ValueError, match="at least one other data set"):
         cross_dataset(study(tmp_path), pictures(["red"]), {})
+
+
+def test_rows_are_recorded_by_their_numbers_in_the_source(tmp_path: Path) -> None:
+    data = pictures(list(COLOURS)[::-1])
+    result = base_to_novel(study(tmp_path), data, shots=2, seeds=(1,))
+    chosen, _ = few_shot(data["label"][:12], 2, seed=1)
+    names = data.features["label"].names
+    assert result.selections[0] == Selection.of(chosen, "", seed=1, shots=2, class_names=names[:2])
+    assert result.measured[0]["novel"] == Selection.of(range(12, 24), "", class_names=names[2:])
+
+
+def test_promptsrc_by_the_papers_settings(tmp_path: Path) -> None:
+    """SGD with momentum, a rate an epoch, both regularizers: the whole recipe, seed by seed."""
+    tokenizer, epochs = clip()[1], 3
+    arguments = TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=4,
+        learning_rate=0.0025,
+        optim="sgd",
+        optim_args="momentum=0.9",
+        weight_decay=5e-4,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+
+    def wrap() -> Any:
+        options = {"depth_text": 2, "depth_vision": 2, "tokenizer": tokenizer}
+        return graftune.wrap(clip()[0], "promptsrc", **options)
+
+    rates = cosine_rates(epochs, 0.0025, 1e-5)
+    whole = Study(wrap, transform, arguments, tokenizer=tokenizer, epoch_rates=rates)
+    data = pictures(list(COLOURS))
+    result = base_to_novel(whole, data, shots=2, seeds=(1, 2))
+    assert base_to_novel(whole, data, shots=2, seeds=(2,)).rows == result.rows[1:]
 
 
 def test_too_few_pictures_are_named(tmp_path: Path) -> None:
