@@ -1,4 +1,4 @@
-"""Prediction of the noise in a noised sample, as diffusion models are trained."""
+"""Prediction from noised samples, as diffusion models and flows are trained."""
 
 from __future__ import annotations
 
@@ -8,54 +8,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from graftune.adapters.messages import listing
 from graftune.integrations.objectives import taps
 from graftune.integrations.objectives.labels import divided
+from graftune.integrations.objectives.noising import Density, noising
 from graftune.integrations.objectives.unwrap import base_of, tensor_of
-
-PREDICTION_TYPES = ("epsilon", "v_prediction")
-
-
-def check_scheduler(scheduler: Any) -> None:
-    """Check that a scheduler of diffusers can noise samples for training, at any timestep.
-
-    Raises:
-        ValueError: its prediction type is not supported, or it scales samples by other factors
-            than √ᾱ and √(1 − ᾱ).
-    """
-    name = type(scheduler).__name__
-    prediction_type = getattr(getattr(scheduler, "config", None), "prediction_type", None)
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"{name} has the prediction type {prediction_type!r}; allowed are "
-            f"{listing(PREDICTION_TYPES)}: give the scheduler that the model was pretrained with"
-        )
-    # Sampling schedulers such as Euler's noise by σ instead, and only at their own few timesteps.
-    if not hasattr(scheduler, "get_velocity") or float(scheduler.init_noise_sigma) != 1:
-        raise ValueError(
-            f"{name} is made for sampling, not for noising at any timestep; give "
-            "DDPMScheduler.from_config(scheduler.config), or another like DDPMScheduler"
-        )
 
 
 class Denoising(nn.Module):
-    """Predict the noise, or the velocity, in samples that were noised at random timesteps.
+    """Predict noise or velocity of samples that were noised at random timesteps.
 
     x_t = √ᾱ_t · x + √(1 − ᾱ_t) · ε with ε normal and t uniform over the scheduler's training
     timesteps, and loss = mean over samples of mean |model(x_t, t) − y|², where y = ε for the
     prediction type "epsilon" (Ho et al., arXiv 2006.11239, equation 14) and
     y = √ᾱ_t · ε − √(1 − ᾱ_t) · x for "v_prediction" (Salimans and Ho, arXiv 2202.00512, appendix
-    D). Of a model that predicts variances as well, with twice as many channels, the first half
-    counts. It owns no weights. "features" has "mid", the output of a UNet's middle block:
-    (B, channels, height, width).
+    D). With a flow-matching scheduler x_t = (1 − σ) · x + σ · ε and y = ε − x (Esser et al., arXiv
+    2403.03206, section 2); Flux's transformers are given σ as the timestep, others T · σ.
+
+    Of a model that predicts variances as well, with twice as many channels, the first half counts.
+    It owns no weights. "features" has "mid", the output of a UNet's middle block: (B, channels,
+    height, width).
 
     Args:
-        scheduler: a scheduler of diffusers such as DDPMScheduler, with the settings that the model
-            was pretrained with.
+        scheduler: a scheduler of diffusers such as DDPMScheduler or
+            FlowMatchEulerDiscreteScheduler, with the settings that the model was pretrained with.
+        density: of which timesteps are drawn: "uniform", or for flows "logit_normal".
+        prior_weight: λ of prior preservation (DreamBooth, arXiv 2208.12242, section 3.2): by what
+            the losses of samples marked as `prior`, such as pictures that the base model made, are
+            multiplied.
 
     Raises:
-        ValueError: the scheduler cannot be used for training; when called, the prediction's shape
-            is not the sample's, or features of a model without a middle block.
+        ValueError: the scheduler cannot be used for training, or λ < 0; when called, the
+            prediction's shape is not the sample's, or features of a model without a middle block.
         TypeError: when called, the model returns no sample.
 
     Example:
@@ -64,10 +47,14 @@ class Denoising(nn.Module):
         >>> objective(unet, **batch)["loss"].backward()
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(
+        self, scheduler: Any, density: Density = "uniform", prior_weight: float = 1.0
+    ) -> None:
         super().__init__()
-        check_scheduler(scheduler)
-        self.scheduler = scheduler
+        if not prior_weight >= 0:
+            raise ValueError(f"`prior_weight` must be at least 0, got {prior_weight!r}")
+        self.noising = noising(scheduler, density)
+        self.prior_weight = prior_weight
 
     def draw(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the batch with "noise" and "timesteps", each drawn unless it is there already.
@@ -79,8 +66,7 @@ class Denoising(nn.Module):
         if drawn.get("noise") is None:
             drawn["noise"] = torch.randn_like(sample)
         if drawn.get("timesteps") is None:
-            steps = self.scheduler.config.num_train_timesteps
-            drawn["timesteps"] = torch.randint(steps, sample.shape[:1], device=sample.device)
+            drawn["timesteps"] = self.noising.timesteps(len(sample), sample.device)
         return drawn
 
     def forward(
@@ -89,6 +75,7 @@ class Denoising(nn.Module):
         sample: torch.Tensor,
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
+        prior: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         features: bool = False,
         **conditioning: Any,
@@ -97,9 +84,11 @@ class Denoising(nn.Module):
 
         Args:
             model: a UNet or DiT of diffusers; as it comes from DDP, FSDP, torch.compile or PEFT.
-            sample: clean images or latents as the model was pretrained on, (B, C, height, width).
+            sample: clean images or latents as the model was pretrained on, (B, C, height, width),
+                or in another form that the model takes, such as Flux's (B, L, C).
             noise: like `sample`; None: drawn.
-            timesteps: (B,) in 0..num_train_timesteps-1; None: drawn.
+            timesteps: (B,), as the scheduler counts them; None: drawn.
+            prior: booleans, (B,): samples of prior preservation; None: there are none.
             num_items_in_batch: by what the sum of the samples' losses is divided; default: B.
             features: return the output of the UNet's middle block as well.
             **conditioning: what else the model takes, such as encoder_hidden_states (B, L, D) or
@@ -107,16 +96,18 @@ class Denoising(nn.Module):
         """
         drawn = self.draw({"sample": sample, "noise": noise, "timesteps": timesteps})
         noise, timesteps = drawn["noise"].float(), drawn["timesteps"]
-        noised = self.scheduler.add_noise(sample.float(), noise, timesteps).to(sample.dtype)
+        noised = self.noising.noised(sample.float(), noise, timesteps).to(sample.dtype)
         tap = taps.tap_output(self._middle(model, features))
         with tap.switched(features):
-            output = model(noised, timestep=timesteps, **conditioning)
+            output = model(noised, timestep=self._as_taken(model, timesteps), **conditioning)
         prediction = self._without_variance(tensor_of(output, "sample", model), sample)
         result: dict[str, Any] = {"logits": prediction}
         if features:
             result["features"] = {"mid": tap.take()}
-        error = prediction.float() - self._target(sample.float(), noise, timesteps)
+        error = prediction.float() - self.noising.target(sample.float(), noise, timesteps)
         losses = error.square().flatten(1).mean(1)  # (B,)
+        if prior is not None:
+            losses = torch.where(prior.to(losses.device), self.prior_weight * losses, losses)
         items = len(sample) if num_items_in_batch is None else num_items_in_batch
         result["loss"] = divided(losses.sum(), items)
         return result
@@ -125,12 +116,10 @@ class Denoising(nn.Module):
         """Return the number of samples in a batch."""
         return len(batch["sample"])
 
-    def _target(
-        self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
-        if self.scheduler.config.prediction_type == "epsilon":
-            return noise
-        return self.scheduler.get_velocity(sample, noise, timesteps)
+    def _as_taken(self, model: nn.Module, timesteps: torch.Tensor) -> torch.Tensor:
+        if type(base_of(model)).__name__.startswith("Flux"):
+            return timesteps / self.noising.scheduler.config.num_train_timesteps
+        return timesteps
 
     def _without_variance(self, prediction: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         if prediction.shape[1] == 2 * sample.shape[1]:

@@ -13,7 +13,9 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
     PNDMScheduler,
+    SD3Transformer2DModel,
     UNet2DModel,
 )
 from peft import LoraConfig
@@ -184,7 +186,6 @@ def test_features_of_a_model_without_a_middle_block_are_named() -> None:
     ("scheduler", "message"),
     [
         (DDPMScheduler(prediction_type="sample"), "'sample'; allowed are 'epsilon', 'v_predict"),
-        (FlowMatchEulerDiscreteScheduler(), "has the prediction type None; allowed are 'epsilon'"),
         (None, "NoneType has the prediction type None"),
         (EulerDiscreteScheduler(), r"EulerDiscreteScheduler is made for sampling.*from_config"),
         (PNDMScheduler(), r"PNDMScheduler is made for sampling.*from_config"),
@@ -203,6 +204,89 @@ def test_the_advised_scheduler_has_the_samplers_noise(sampler: Any) -> None:
     scheduler = DDPMScheduler.from_config(given.config)
     Denoising(scheduler)
     torch.testing.assert_close(scheduler.alphas_cumprod, given.alphas_cumprod)
+
+
+def flow_transformer(name: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """A small transformer, samples for it, and what else it takes."""
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    texts = {
+        "encoder_hidden_states": torch.randn(4, 5, 32),
+        "pooled_projections": torch.ones(4, 32),
+    }
+    if name == "sd3":
+        model = SD3Transformer2DModel(
+            **sizes,
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            pooled_projection_dim=32,
+            pos_embed_max_size=8,
+        )
+        return model.eval(), {"sample": SAMPLE}, texts
+    model = FluxTransformer2DModel(
+        **sizes,
+        patch_size=1,
+        in_channels=4,
+        num_single_layers=1,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    places = {"img_ids": torch.zeros(64, 3), "txt_ids": torch.zeros(5, 3)}
+    return model.eval(), {"sample": SAMPLE.flatten(2).transpose(1, 2)}, {**texts, **places}
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_goes_from_the_sample_to_the_noise(name: str, shift: float) -> None:
+    model, given, conditions = flow_transformer(name)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    objective = Denoising(scheduler)
+    scheduler.set_timesteps(4)  # sampling meanwhile changes nothing
+    batch = objective.draw(given)
+    noise, timesteps, sample = batch["noise"], batch["timesteps"], given["sample"]
+    with torch.no_grad():
+        output = objective(model, **batch, **conditions)
+        fresh = FlowMatchEulerDiscreteScheduler(shift=shift)
+        noised = fresh.scale_noise(sample, timesteps, noise)
+        taken = timesteps / 1000 if name == "flux" else timesteps
+        own = model(noised, timestep=taken, **conditions).sample
+    torch.testing.assert_close(output["logits"], own)
+    torch.testing.assert_close(output["loss"], F.mse_loss(own, noise - sample))
+
+
+def test_densities_of_timesteps() -> None:
+    given = {"sample": torch.zeros(20000, 1)}
+    shares = {
+        density: Denoising(FlowMatchEulerDiscreteScheduler(), density).draw(given)["timesteps"]
+        / 1000
+        for density in ("uniform", "logit_normal")
+    }
+    assert shares["uniform"].mean().item() == pytest.approx(0.5, abs=0.01)
+    assert shares["uniform"].var().item() == pytest.approx(1 / 12, abs=0.003)
+    # The variance of a logistic-normal number, by numerical integration.
+    assert shares["logit_normal"].var().item() == pytest.approx(0.0434, abs=0.003)
+    with pytest.raises(ValueError, match="'logit_normal' is for flows"):
+        Denoising(DDPMScheduler(), "logit_normal")
+    with pytest.raises(ValueError, match="'uniform' or 'logit_normal', got 'cosine'"):
+        Denoising(FlowMatchEulerDiscreteScheduler(), "cosine")
+
+
+def test_samples_of_prior_preservation_have_a_weight_of_their_own() -> None:
+    model, given = case("unconditional")
+    objective = Denoising(DDPMScheduler(), prior_weight=0.3)
+    batch = objective.draw(given)
+    prior = torch.tensor([True, False, False, True])
+    with torch.no_grad():
+        loss = objective(model, **batch, prior=prior)["loss"]
+        output = Denoising(DDPMScheduler())(model, **batch)
+        losses = (output["logits"] - batch["noise"]).square().flatten(1).mean(1)
+    torch.testing.assert_close(loss, torch.where(prior, 0.3 * losses, losses).mean())
+    with pytest.raises(ValueError, match="`prior_weight` must be at least 0, got -1"):
+        Denoising(DDPMScheduler(), prior_weight=-1)
 
 
 def test_a_prediction_of_another_shape_is_named() -> None:
