@@ -5,6 +5,7 @@ from .config import MaskTuningConfig
 from .layer import MaskTuningLayer
 from .model import MaskTuningModel
 from .released import export_released, from_released, import_released, to_released
+from .selection import importance, is_pending, most_important, select
 
 __all__ = [
     "MaskTuningConfig",
@@ -13,6 +14,10 @@ __all__ = [
     "export_released",
     "from_released",
     "import_released",
+    "importance",
+    "is_pending",
+    "most_important",
+    "select",
     "to_released",
 ]
 

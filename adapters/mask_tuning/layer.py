@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    _get_in_out_features,
-    check_adapters_to_merge,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layer_types import parameter_shape
-from ..messages import listing
 from ..substitute import call_with
 from .config import MaskTuningConfig
 from .functional import mask_of, masked_weight, random_scores
+from .merging import MaskMerging, selection_pending
 
 
-class MaskTuningLayer(nn.Module, BaseTunerLayer):
+class MaskTuningLayer(nn.Module, MaskMerging, BaseTunerLayer):
     """A module that runs with W ⊙ mask in the place of some of its own parameters.
 
     The scores of an adapter are `mask_tuning_scores[adapter][parameter]`; where only a share of a
@@ -41,6 +35,7 @@ class MaskTuningLayer(nn.Module, BaseTunerLayer):
     """
 
     base_layer: Any  # a module of whatever type is masked
+    acts_on_base = True  # whatever other methods' layers stand in between: merged before them
     mask_tuning_scores: nn.ModuleDict
     mask_tuning_index: nn.ModuleDict
     adapter_layer_names: tuple[str, ...] = ("mask_tuning_scores",)
@@ -71,7 +66,8 @@ class MaskTuningLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._active_adapter = adapter_name
         self._removed: list[dict[str, tuple[Tensor, Tensor]]] = []  # places and values, by merge
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())  # type: ignore[var-annotated]
+        parameters = list(parameters)
+        self.in_features, self.out_features = _features(self.get_base_layer(), parameters[0])
         self.training = base_layer.training
         self.update_layer(adapter_name, config, parameters, shared)
 
@@ -166,7 +162,6 @@ class MaskTuningLayer(nn.Module, BaseTunerLayer):
             own.copy_(scores)
             if places is not None and index is not None:
                 places.copy_(index)
-                self.pending[adapter] = False
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -268,107 +263,6 @@ class MaskTuningLayer(nn.Module, BaseTunerLayer):
             return self.effective(name, adapters)
         return getattr(self.base_layer, name)
 
-    # What the masks do to the weights.
-
-    def get_delta_weight(self, adapter: str, name: str | None = None) -> Tensor:
-        """Return W ⊙ mask − W of one parameter, which can be left out if there is only one."""
-        names = self.adapted_names([adapter])
-        if name is None and len(names) > 1:
-            raise ValueError(
-                f"the adapter {adapter!r} masks several parameters: name one of {names}"
-            )
-        return self._delta(adapter, names[0] if name is None else name)
-
-    def _delta(self, adapter: str, name: str) -> Tensor:
-        return self.effective(name, [adapter]) - getattr(self.get_base_layer(), name)
-
-    def weight_changes(self, adapter: str) -> dict[str, Callable[[], Tensor]]:
-        """Return by base tensor what computes ΔW = W ⊙ mask − W of an adapter with gradients."""
-        return {name: partial(self._delta, adapter, name) for name in self.adapted_names([adapter])}
-
-    def adapted_tensors(self) -> dict[str, Tensor]:
-        """Return the base tensors that adapters mask, as they are without any adapter."""
-        return {name: self._original(name) for name in self.adapted_names(self.threshold)}
-
-    def _original(self, name: str) -> Tensor:
-        tensor = getattr(self.get_base_layer(), name)
-        for removed in reversed(self._removed):
-            if name in removed:
-                tensor = _with(tensor.detach(), *removed[name])
-        return tensor
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Set the masked base weights to zero, in place: W' = W ⊙ mask.
-
-        Merging adapters one after the other equals merging them together: a weight stays if all of
-        them keep it. The values that are masked are kept until `unmerge`, which restores them bit
-        for bit.
-
-        Args:
-            safe_merge: check that the merged weights are finite before the layer is changed.
-            adapter_names: the adapters to merge; None takes the active ones.
-
-        Raises:
-            ValueError: scores are NaN, no selection was made, or `safe_merge` found values that
-                are not finite. The layer is then as it was.
-        """
-        adapters = self._present(check_adapters_to_merge(self, adapter_names))
-        if not adapters:
-            return
-        if any(self.pending[adapter] for adapter in adapters):
-            raise ValueError(selection_pending(adapters, "merging"))
-        drops = {name: self._dropped(name, adapters) for name in self.adapted_names(adapters)}
-        removed = {}
-        for name, drop in drops.items():
-            weight = getattr(self.get_base_layer(), name).data
-            if safe_merge and not torch.isfinite(weight.masked_fill(drop, 0)).all():
-                raise ValueError(_broken(adapters))
-            places = drop.flatten().nonzero().squeeze(1)  # (K,)
-            # Places take half the room in 32 bits, which is enough for nearly all weights.
-            small = torch.int32 if drop.numel() < 2**31 else torch.int64
-            removed[name] = places.to(small), weight.masked_select(drop)
-        for name, drop in drops.items():
-            getattr(self.get_base_layer(), name).data.masked_fill_(drop, 0)
-        self._removed.append(removed)
-        self.merged_adapters = [*self.merged_adapters, *adapters]
-
-    def _dropped(self, name: str, adapters: Sequence[str]) -> Tensor:
-        """Return where any of the adapters masks a base tensor."""
-        drop = torch.zeros((), dtype=torch.bool)
-        for adapter in adapters:
-            if not self.adapts(name, adapter):
-                continue
-            if torch.isnan(self.scores(adapter, name)[0]).any():
-                raise ValueError(_broken([adapter]))
-            drop = ~self.mask(adapter, name) | drop.to(self.scores(adapter, name)[0].device)
-        return drop.to(getattr(self.get_base_layer(), name).device)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put back the base weights as they were before the first merge, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        for removed in reversed(self._removed):
-            for name, (places, values) in removed.items():
-                data = getattr(self.get_base_layer(), name).data
-                data.copy_(_with(data, places, values))
-        self._removed = []
-        self.merged_adapters = []
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """Return the module without this layer and without those inside it."""
-        inner = list(_inner_layers(self.base_layer))
-        for layer in (*(layer for *_, layer in inner), self):
-            if merge:
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        for parent, name, layer in inner:
-            setattr(parent, name, layer.base_layer)
-        return self.base_layer
-
     def __repr__(self) -> str:
         return f"mask_tuning.{super().__repr__()}"
 
@@ -378,36 +272,13 @@ def scored_entries(shape: Sequence[int], fraction: float) -> int:
     return max(1, round(fraction * torch.Size(shape).numel()))
 
 
-def selection_pending(adapters: Sequence[str], what: str) -> str:
-    """Return the words for an adapter whose scores have no places yet."""
-    return (
-        f"{what} with the adapter {listing(adapters)} needs its selection, which is pending: with "
-        "`fraction` only the most important weights get scores. Call "
-        "graftune.adapters.mask_tuning.select(model, batches, loss) first; graftune.Trainer does "
-        "when it starts"
-    )
-
-
-def _inner_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, MaskTuningLayer]]:
-    for name, child in list(module.named_children()):
-        if isinstance(child, MaskTuningLayer):
-            yield module, name, child
-        yield from _inner_layers(child)
-
-
-def _with(tensor: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """Return a copy of a tensor with other values in some places of its flattened form."""
-    flat = tensor.flatten().index_copy(
-        0, places.to(tensor.device).long(), values.to(tensor.device, tensor.dtype)
-    )
-    return flat.view(tensor.shape)
-
-
-def _broken(adapters: Sequence[str]) -> str:
-    return (
-        f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be "
-        "broken: the training diverged. Use an earlier checkpoint"
-    )
+def _features(module: Any, parameter: str) -> tuple[int, int]:
+    """Return how many features go into a module and come out."""
+    for names in (("in_features", "out_features"), ("in_channels", "out_channels"), ("nx", "nf")):
+        if all(hasattr(module, name) for name in names):
+            return getattr(module, names[0]), getattr(module, names[1])
+    *_, inputs, outputs = (1, 1, *reversed(parameter_shape(getattr(module, parameter))))
+    return inputs, outputs
 
 
 def _check_scale(scale: float) -> None:

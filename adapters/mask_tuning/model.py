@@ -147,6 +147,13 @@ class MaskTuningModel(WeightTuner):
             "`model.base_model.set_adapter([...])`, which keeps a weight where all of them do"
         )
 
+    def _check_merge_allowed(self) -> None:
+        # All layers before the first one is merged.
+        super()._check_merge_allowed()
+        for layer in self.model.modules():
+            if isinstance(layer, MaskTuningLayer):
+                layer.check_mergeable(layer.active_adapters)
+
     # Saving and loading.
 
     @classmethod

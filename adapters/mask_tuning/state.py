@@ -12,7 +12,8 @@ from ..checkpoint import AdapterMismatchError
 from ..messages import listing, warn_once
 from .coding import MaskFormatError, decode_mask, encode_mask
 from .functional import mask_of, scores_of
-from .layer import MaskTuningLayer, selection_pending
+from .layer import MaskTuningLayer
+from .merging import selection_pending
 
 SCORES, INDEX, BITS = ("mask_tuning_scores", "mask_tuning_index", "mask_tuning_bits")
 # Wrappers whose names a state dict does not have.

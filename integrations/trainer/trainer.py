@@ -16,10 +16,13 @@ from graftune.integrations.trainer.rates import EpochRates
 from graftune.integrations.trainer.recomputing import checkpointing, is_reentrant
 from graftune.integrations.trainer.regularized import RegularizedTrainer
 from graftune.integrations.trainer.seeded import SeededData
+from graftune.integrations.trainer.selecting import SelectingTrainer
 from graftune.integrations.trainer.sharding import any_sharded, check_state, whole_state_dict
 
 
-class TrainerMixin(EpochRates, FiniteLoss, RegularizedTrainer, WholeCheckpoints, SeededData):
+class TrainerMixin(
+    EpochRates, FiniteLoss, RegularizedTrainer, SelectingTrainer, WholeCheckpoints, SeededData
+):
     """Everything that graftune adds to a trainer of transformers' or TRL's, objectives apart.
 
     Regularizers (`regularizers=`, or those that the adapter's config records), checkpoints that are

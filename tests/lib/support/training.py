@@ -118,6 +118,9 @@ def adapted(method: str, model: str = "transformers-clip", **options: Any) -> An
     if method == "lora":
         config = LoraConfig(r=4, lora_dropout=options["dropout"], target_modules="all-linear")
         options = {}
+    if method == "mask_tuning":
+        config = method
+        options = {name: value for name, value in options.items() if name not in ("r", "dropout")}
     return graftune.wrap(MODELS[model].build(), config, **options)
 
 
@@ -150,11 +153,12 @@ def colour_run(
     method: str = "flora",
     rows: int = 20,
     dropout: float = 0.1,
+    fraction: float | None = None,
     **overrides: Any,
 ) -> graftune.Trainer:
     """A run that tells colours by their names, by pictures that are drawn anew each time."""
     return graftune.Trainer(
-        adapted(method, dropout=dropout),
+        adapted(method, dropout=dropout, **({"fraction": fraction} if fraction else {})),
         arguments(folder, **overrides),
         objective=graftune.ClassNameClassifier(list(COLOURS), clip()[1]),
         train_dataset=Augmented(colours(rows)),
