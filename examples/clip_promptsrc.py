@@ -1,6 +1,7 @@
 """PromptSRC from base to novel classes: train prompts on half of the classes, ask about both.
 
     accelerate launch examples/clip_promptsrc.py
+    python examples/clip_promptsrc.py --data my-pictures
     accelerate launch examples/clip_promptsrc.py --model openai/clip-vit-base-patch16 \
         --data my-pictures --template "a photo of a {}." --depth_text 9 --depth_vision 9
 
@@ -12,6 +13,9 @@ set. Without it, the embedded CLIP learns to tell kinds of emoji apart in a styl
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +26,25 @@ from datasets import ClassLabel, Dataset
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    HfArgumentParser,
+    TrainingArguments,
+    set_seed,
+)
 
 import graftune
-from graftune.integrations.data import ImageCollator, load_images
-from graftune.integrations.data.sampling import few_shot, select_classes, split_classes
+from graftune.integrations.data import (
+    ImageCollator,
+    Selection,
+    few_shot,
+    load_images,
+    select_classes,
+    split_classes,
+)
 from graftune.integrations.protocols import harmonic_mean
-from graftune.integrations.schedules import cosine_rates, epoch_schedule
+from graftune.integrations.schedules import cosine_rates
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded" / "clip"
 
@@ -56,6 +72,9 @@ class Training(TrainingArguments):
     """transformers' training arguments, with the paper's defaults."""
 
     output_dir: str = "outputs/clip_promptsrc"
+    optim: str = "sgd"
+    optim_args: str | None = "momentum=0.9"
+    weight_decay: float = 5e-4
     learning_rate: float = 0.0025
     num_train_epochs: float = 20
     per_device_train_batch_size: int = 4
@@ -84,6 +103,7 @@ def embedded_pictures() -> Dataset:
         {
             "image": [Image.fromarray(style.images[row]) for row, _ in rows],
             "label": [label for _, label in rows],
+            "row": [row for row, _ in rows],
         }
     )
     return data.cast_column("label", ClassLabel(names=[subcategory_text(kind) for kind in kinds]))
@@ -112,31 +132,33 @@ def ask(trainer: graftune.Trainer, parts: dict[str, Dataset], objective: Any) ->
     for name, data in parts.items():
         trainer.objective = objective.with_class_names(data.features["label"].names)
         found[name] = 100 * trainer.evaluate(data)["eval_accuracy"]
+    trainer.objective = objective
     return {**found, "H": harmonic_mean(*found.values())}
+
+
+def split(data: Dataset, shots: int, seed: int) -> tuple[Dataset, dict[str, Dataset]]:
+    """Return a few pictures of each base class, and what to ask about: others and novel ones."""
+    base_names, novel_names = split_classes(data.features["label"].names)
+    base = select_classes(data, base_names)
+    least = int(torch.tensor(base["label"]).bincount().min())
+    chosen, rest = few_shot(base["label"], min(shots, least - 1), seed)
+    return base.select(chosen), {
+        "base": base.select(rest),
+        "novel": select_classes(data, novel_names),
+    }
 
 
 def main() -> None:
     options, args = HfArgumentParser((Options, Training)).parse_args_into_dataclasses()
     data = load_images(options.data) if options.data else embedded_pictures()
-    base_names, novel_names = split_classes(data.features["label"].names)
-    base_classes = select_classes(data, base_names)
-    counts = torch.tensor(base_classes["label"]).bincount()
-    chosen, rest = few_shot(
-        base_classes["label"], min(options.shots, int(counts.min()) - 1), args.seed
-    )
-    train = base_classes.select(chosen)
-    parts = {"base": base_classes.select(rest), "novel": select_classes(data, novel_names)}
-
-    base = AutoModel.from_pretrained(options.model, dtype=torch.float32)
+    train, parts = split(data, options.shots, args.seed)
     processor = AutoProcessor.from_pretrained(options.model)
-    epochs = int(args.num_train_epochs)
+    epochs = math.ceil(args.num_train_epochs)
+    base = AutoModel.from_pretrained(options.model, dtype=torch.float32)
+    set_seed(args.seed)  # most of the prompts start at random
     model = adapt(options, epochs, base, processor)
-    objective = graftune.ClassNameClassifier(base_names, processor, options.template)
-    prompts = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(prompts, lr=args.learning_rate, momentum=0.9, weight_decay=5e-4)
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    schedule = epoch_schedule(
-        optimizer, cosine_rates(epochs, args.learning_rate, 1e-5), -(-len(train) // batch)
+    objective = graftune.ClassNameClassifier(
+        train.features["label"].names, processor, options.template
     )
     trainer = graftune.Trainer(
         model,
@@ -144,21 +166,46 @@ def main() -> None:
         objective=objective,
         train_dataset=train,
         data_collator=ImageCollator(processor),
-        optimizers=(optimizer, schedule),
+        epoch_rates=cosine_rates(epochs, args.learning_rate, 1e-5),
     )
     with model.disable_adapter():
         before = ask(trainer, parts, objective)
-    trainer.objective = objective
     trainer.train()
     after = ask(trainer, parts, objective)
-    if not trainer.is_world_process_zero():
-        return
-    model.save_pretrained(Path(args.output_dir) / "adapter")
+    if trainer.is_world_process_zero():
+        write(Path(args.output_dir), model, before, after, {"train": train, **parts}, options)
+    trainer.end()
+
+
+def write(
+    folder: Path,
+    model: Any,
+    before: dict[str, float],
+    after: dict[str, float],
+    parts: dict[str, Dataset],
+    options: Options,
+) -> None:
+    """Save the adapter and the numbers, with the pictures that they were measured on."""
+    model.save_pretrained(folder / "adapter")
+    source = options.data or "embedded"
+    chosen = {
+        name: Selection.of(part["row"], source, class_names=part.features["label"].names)
+        for name, part in parts.items()
+    }
+    results = {
+        "zero-shot": before,
+        "adapted": after,
+        "options": dataclasses.asdict(options),
+        "pictures": {name: dataclasses.asdict(selection) for name, selection in chosen.items()},
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     table = Table("Accuracy, %", "zero-shot", "adapted")
     for name, value in before.items():
         table.add_row(name, f"{value:.1f}", f"{after[name]:.1f}")
     Console().print(table)
-    print(f"{sum(p.numel() for p in prompts):,} numbers trained on {len(train)} pictures")
+    trained, _ = model.get_nb_trainable_parameters()
+    print(f"{trained:,} numbers trained on {chosen['train'].rows} pictures")
+    print(f"Written to {folder}: adapter, results.json")
 
 
 if __name__ == "__main__":
