@@ -6,18 +6,22 @@ from .layer import MaskTuningLayer
 from .model import MaskTuningModel
 from .released import export_released, from_released, import_released, to_released
 from .selection import importance, is_pending, most_important, select
+from .stored import StoredMask, is_stored_mask, stored_masks
 
 __all__ = [
     "MaskTuningConfig",
     "MaskTuningLayer",
     "MaskTuningModel",
+    "StoredMask",
     "export_released",
     "from_released",
     "import_released",
     "importance",
     "is_pending",
+    "is_stored_mask",
     "most_important",
     "select",
+    "stored_masks",
     "to_released",
 ]
 

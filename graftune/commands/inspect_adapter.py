@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from graftune.adapters.folder import read_config
+from graftune.adapters.mask_tuning import is_stored_mask, stored_masks
 from graftune.commands.parsing import OptionParser
 from graftune.commands.published import Published, find
 from graftune.commands.report import add_json, as_text, show, table
@@ -57,8 +59,14 @@ def contents(adapter: Published) -> dict[str, Any]:
 def _tensors(adapter: Published) -> list[dict[str, Any]]:
     with safe_open(adapter.folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        masks = stored_masks({n: file.get_tensor(n) for n in slices if is_stored_mask(n)})
         return [
-            {"name": name, "shape": part.get_shape(), "dtype": part.get_dtype()}
+            {
+                "name": name,
+                "shape": list(masks[name].shape) if name in masks else part.get_shape(),
+                "dtype": part.get_dtype(),
+            }
+            | ({"masked": masks[name].share} if name in masks else {})
             for name, part in slices.items()
         ]
 
@@ -75,10 +83,10 @@ def _tables(content: dict[str, Any]) -> list[Any]:
         ("base digest", _short(content["base"]["digest"])),
         ("parameters", f"{content['parameters']:,} in {len(content['tensors'])} tensors"),
         ("bytes", f"{content['bytes']:,}"),
+        *_masked(content["tensors"]),
     ]
     tables = [table(("", ""), what, content["adapter"])]
-    shown = [(t["name"], ", ".join(map(str, t["shape"])), t["dtype"]) for t in content["tensors"]]
-    tables.append(table(("tensor", "shape", "type"), shown, "Tensors", numbers=(1,)))
+    tables.append(_tensor_table(content["tensors"]))
     training = content["training"]
     if training is None:
         return [*tables, "How it was trained is not recorded."]
@@ -91,6 +99,25 @@ def _tables(content: dict[str, Any]) -> list[Any]:
     if metrics:
         tables.append(table(("measured on", "metric", "value"), metrics, "Results", numbers=(2,)))
     return tables
+
+
+def _masked(tensors: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The row that says which share of all the weights under the masks is masked."""
+    sizes = [(t["masked"], math.prod(t["shape"])) for t in tensors if "masked" in t]
+    if not sizes:
+        return []
+    weights = sum(size for _, size in sizes)
+    share = sum(masked * size for masked, size in sizes) / weights
+    return [("masked", f"{share:.2%} of {weights:,} weights")]
+
+
+def _tensor_table(tensors: list[dict[str, Any]]) -> Any:
+    shown = [(t["name"], ", ".join(map(str, t["shape"])), t["dtype"]) for t in tensors]
+    if not any("masked" in tensor for tensor in tensors):
+        return table(("tensor", "shape", "type"), shown, "Tensors", numbers=(1,))
+    shares = [f"{t['masked']:.2%}" if "masked" in t else "" for t in tensors]
+    rows = [(*row, share) for row, share in zip(shown, shares, strict=True)]
+    return table(("tensor", "shape", "type", "masked"), rows, "Tensors", numbers=(1, 3))
 
 
 def _training_rows(training: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -14,6 +14,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from graftune.adapters.config import GraftConfig
 from graftune.adapters.folder import check_files, open_tensors, read_config
+from graftune.adapters.mask_tuning import is_stored_mask
+from graftune.adapters.mask_tuning.coding import mask_shape
 
 # Fields of a config that say nothing about the method, or are shown by themselves.
 BOOKKEEPING = frozenset(
@@ -45,7 +47,7 @@ class AdapterFacts:
         base_library: module of that class, for example "timm.models.vision_transformer", or None.
         base_digest: digest of the base weights under the adapter, or None.
         task_type: PEFT's task type, or None.
-        shapes: the tensors' shapes, by name.
+        shapes: the tensors' shapes, by name; of an encoded mask that of the mask.
         dtypes: the types in which they are stored, sorted, as safetensors names them.
         bytes: size of the file of tensors.
     """
@@ -111,6 +113,8 @@ def describe(folder: str | Path) -> AdapterFacts:
     with open_tensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        masks = {name: file.get_tensor(name) for name in slices if is_stored_mask(name)}
+        shapes |= {name: mask_shape(data) for name, data in masks.items()}
         dtypes = tuple(sorted({part.get_dtype() for part in slices.values()}))
     return AdapterFacts(
         method=_name(config.peft_type) or "",

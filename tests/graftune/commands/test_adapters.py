@@ -113,6 +113,20 @@ def test_inspect_of_an_adapter_that_others_saved(tmp_path: Path, run: Any) -> No
     assert json.loads(run("inspect", tmp_path / "lora", "--json"))["training"] is None
 
 
+def test_inspect_says_which_share_is_masked(tmp_path: Path, run: Any) -> None:
+    model = graftune.wrap(torch.nn.Sequential(torch.nn.Linear(10, 4)), "mask_tuning")
+    with torch.no_grad():
+        model.base_model.model[0].scores("default", "weight")[0][0, :5] = 0
+    model.save_pretrained(tmp_path / "masks")
+    printed = run("inspect", tmp_path / "masks")
+    assert "12.50% of 40 weights" in printed
+    found = json.loads(run("inspect", tmp_path / "masks", "--json"))
+    assert found["parameters"] == 40
+    (tensor,) = found["tensors"]
+    assert tensor["shape"] == [4, 10]
+    assert tensor["masked"] == 0.125
+
+
 def test_merge(trained: Path, expected: torch.Tensor, tmp_path: Path, run: Any) -> None:
     printed = run("merge", trained / "adapter", "--output", tmp_path / "merged")
     assert "model.safetensors" in printed
