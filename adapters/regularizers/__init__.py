@@ -9,8 +9,11 @@ from .gaussian_averaging import GaussianAveraging, gaussian_weights
 from .gradient_dropout import GradientDropout, gradient_dropout
 from .l2_to_start import L2ToStart
 from .mask_norm import MaskNorm, mask_norm
+from .nuclear import nuclear_norm_and_gradient
+from .nuclear_norm import NuclearNorm
 from .outlier_regularizer import VirtualOutliers
 from .outliers import outlier_loss, virtual_outliers
+from .progressive_release import ProgressiveRelease
 from .recording import record, recorded
 from .self_regulation import SelfRegulation, self_regulation_loss
 from .session import Regularization
@@ -23,6 +26,8 @@ __all__ = [
     "L2ToStart",
     "MaskNorm",
     "Need",
+    "NuclearNorm",
+    "ProgressiveRelease",
     "Regularization",
     "Regularizer",
     "Run",
@@ -32,6 +37,7 @@ __all__ = [
     "gaussian_weights",
     "gradient_dropout",
     "mask_norm",
+    "nuclear_norm_and_gradient",
     "outlier_loss",
     "record",
     "recorded",

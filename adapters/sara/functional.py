@@ -52,6 +52,17 @@ def selected(weight: Tensor, cutoff: float, select: Select = "smallest", seed: i
     return chosen.reshape(weight.shape)
 
 
+def outside(values: Tensor, cutoff: float, select: str) -> Tensor:
+    """Return the booleans that say which trained values `selected` would not take any more.
+
+    That is |v| ≥ t for "smallest", |v| ≤ t for "largest", and none for "random".
+    """
+    if select == "random":
+        return torch.zeros_like(values, dtype=torch.bool)
+    magnitudes = _magnitude(values.detach())
+    return magnitudes >= cutoff if select == "smallest" else magnitudes <= cutoff
+
+
 def tensor_seed(seed: int, name: str) -> int:
     """Return a seed for one tensor's random selection: of the adapter's seed and its name."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..scaling import ScaledLayer
+from ..sparse_parts import SparsePart
 from ..substitute import call_with
 from .autograd import SparseTensor
 from .config import SaraConfig
+from .functional import outside
 from .places import Places
 from .running import has_hooks, runner
 
@@ -39,7 +41,7 @@ class SaraLayer(nn.Module, ScaledLayer):
 
     base_layer: Any
     adapter_layer_names: tuple[str, ...] = ("sara_values",)
-    other_param_names: tuple[str, ...] = ("places", "scale", "scaling")
+    other_param_names: tuple[str, ...] = ("places", "rules", "scale", "scaling")
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class SaraLayer(nn.Module, ScaledLayer):
         self.base_layer = base_layer
         self.sara_values = nn.ModuleDict()
         self.places: dict[str, dict[str, Places]] = {}
+        self.rules: dict[str, tuple[str, float]] = {}  # how entries were selected, and the cutoff
         self.scale, self.scaling = {}, {}
         self.merged_adapters = []
         self._active_adapter = adapter_name
@@ -72,6 +75,7 @@ class SaraLayer(nn.Module, ScaledLayer):
     ) -> None:
         """Add an adapter, or start one afresh; other adapters stay as they are."""
         self.scale[adapter_name] = self.scaling[adapter_name] = 1.0
+        self.rules[adapter_name] = (config.select, config.cutoff or 0.0)
         self.places[adapter_name] = {}
         self.sara_values[adapter_name] = nn.ParameterDict()
         for name, of_name in places.items():
@@ -167,9 +171,7 @@ class SaraLayer(nn.Module, ScaledLayer):
         return values - self._start(adapter, name).to(values.dtype)
 
     def _delta(self, adapter: str, name: str) -> Tensor:
-        change, places = self._change(adapter, name), self.places[adapter][name]
-        total = change.new_zeros(places.shape).reshape(-1)
-        return total.index_copy(0, places.indices(), change).reshape(places.shape)
+        return self.places[adapter][name].dense(self._change(adapter, name))
 
     def weight_changes(self, adapter: str) -> dict[str, Callable[[], Tensor]]:
         """Return by parameter what computes ΔW of an adapter with gradients."""
@@ -183,6 +185,25 @@ class SaraLayer(nn.Module, ScaledLayer):
                 f"{self.adapted_names([adapter])}"
             )
         return self._delta(adapter, name)
+
+    def sparse_parts(self, key: str, adapter: str) -> Iterator[SparsePart]:
+        """Yield what an adapter trains of the module's parameters.
+
+        Args:
+            key: the layer's name in the model.
+            adapter: the adapter's name.
+        """
+        select, cutoff = self.rules.get(adapter, ("random", 0.0))
+        for name, places in self.places.get(adapter, {}).items():
+            values: Any = self.values(adapter, name)
+            yield SparsePart(
+                f"{key}.sara_values.{adapter}.{name}",
+                values,
+                places.shape,
+                places.dense,
+                places.take,
+                partial(outside, cutoff=cutoff, select=select),
+            )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether a LoRA on the same module can do the same: `peft.convert_to_lora` asks."""

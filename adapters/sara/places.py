@@ -123,6 +123,11 @@ class Places:
         """Return the entries of a tensor, or of a block of it, at the places: (n,)."""
         return tensor.reshape(-1).index_select(0, self.indices(block))
 
+    def dense(self, values: Tensor) -> Tensor:
+        """Return a tensor with values (n,) at the places and zeros elsewhere."""
+        total = values.new_zeros(math.prod(self.shape))
+        return total.index_copy(0, self.indices(), values).reshape(self.shape)
+
     def moved(self, move: Callable[[Tensor], Tensor]) -> Places:
         """Return the places with their tensors passed through a function, as `Module.to` does."""
         return replace(
