@@ -1,17 +1,19 @@
-"""A training loop of one's own, under Accelerate: `graftune.Trainer` in about thirty lines.
+"""PromptSRC in a training loop of one's own, under Accelerate: no trainer, about thirty lines.
 
     accelerate launch examples/custom_loop.py
     torchrun --nproc_per_node 2 examples/custom_loop.py --resume
 
-Adapts the embedded CLIP to drawings of a style that it has never seen, with regularizers,
-accumulated batches, as many processes as it is launched with, and a state after each epoch that
-`--resume` goes on from.
+The recipe of `clip_promptsrc.py` (arXiv 2307.06948): deep prompts, both regularizers, SGD with a
+learning rate for each epoch. Adapts the embedded CLIP to drawings of a style that it has never
+seen, with accumulated batches, in as many processes as it is launched with, and with a state after
+each epoch that `--resume` goes on from.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,10 +25,13 @@ import graftune
 from embedded.model import load_clip
 from embedded.pictures import load_style
 from graftune.integrations.data import ImageCollator
-from graftune.integrations.trainer import regularizers_of
+from graftune.integrations.schedules import cosine_rates
 
-REGULARIZERS = [graftune.FrozenDistillation(0.5), graftune.L2ToStart(1e-3, of="merged")]
 ACCUMULATED = 2
+RATE, FIRST_EPOCHS_RATE = 0.0025, 1e-5
+# The template's words before the name are what the prompts start as.
+TEMPLATE = "a picture of {}"
+PROMPTS = {"init_text": "a picture of", "num_tokens_text": 3, "depth_text": 3, "depth_vision": 5}
 
 
 def drawings(count: int) -> tuple[list[dict], list[str]]:
@@ -36,36 +41,46 @@ def drawings(count: int) -> tuple[list[dict], list[str]]:
     return rows, [emoji.name for emoji in style.emoji[:count]]
 
 
+def adapted(epochs: int) -> tuple[Any, Any, list[graftune.Regularizer]]:
+    """The embedded CLIP with prompts, its processor, and what keeps the prompts honest."""
+    clip, processor = load_clip()
+    regularizers = [graftune.SelfRegulation(), graftune.GaussianAveraging(0.75 * epochs, std=1)]
+    model = graftune.wrap(
+        clip, "promptsrc", tokenizer=processor, regularizers=regularizers, **PROMPTS
+    )
+    return model, processor, regularizers
+
+
 def train(
     output: Path, pictures: int = 64, epochs: int = 4, batch: int = 8, resume: bool = False
 ) -> list[float]:
     """Train, save the adapter, and return the loss of every batch; all of it can be resumed."""
     set_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATED)
-    clip, processor = load_clip()
-    model = graftune.wrap(clip, "flora", r=4, dropout=0.1, regularizers=REGULARIZERS)
-    regularization = graftune.Regularization(model, regularizers_of(model))
     rows, names = drawings(pictures)
-    objective = graftune.ClassNameClassifier(names, processor, "a picture of {}")
+    model, processor, regularizers = adapted(epochs)
+    objective = graftune.ClassNameClassifier(names, processor, TEMPLATE)
+    regularization = graftune.Regularization(model, regularizers)
     loader = DataLoader(rows, batch, shuffle=True, collate_fn=ImageCollator(processor))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    prompts = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(prompts, lr=RATE, momentum=0.9, weight_decay=5e-4)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     regularization.start(steps=epochs * len(loader) // ACCUMULATED, epochs=epochs)
     accelerator.register_for_checkpointing(regularization)
     if resume:
         accelerator.load_state(str(output / "state"))
+    rates = cosine_rates(epochs, RATE, FIRST_EPOCHS_RATE)
     losses = []
     for epoch in range(regularization.epochs_done, epochs):
         loader.set_epoch(epoch)
+        optimizer.param_groups[0]["lr"] = rates[epoch]
         model.train()
-        for rows_of_a_batch in loader:
+        for inputs in loader:
             with accelerator.accumulate(model):
-                outputs = regularization(objective, model, rows_of_a_batch)
+                outputs = regularization(objective, model, inputs)
                 accelerator.backward(outputs["loss"])
                 if accelerator.sync_gradients:
                     regularization.transform_gradients()
-                    accelerator.clip_grad_norm_(trained, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
