@@ -3,6 +3,7 @@
 from graftune.adapters.deep_prompts import DeepPromptConfig
 from graftune.adapters.flora import FloraConfig
 from graftune.adapters.mask_tuning import MaskTuningConfig
+from graftune.adapters.one_prompt import OnePromptConfig
 from graftune.adapters.sara import SaraConfig
 
-__all__ = ["DeepPromptConfig", "FloraConfig", "MaskTuningConfig", "SaraConfig"]
+__all__ = ["DeepPromptConfig", "FloraConfig", "MaskTuningConfig", "OnePromptConfig", "SaraConfig"]

@@ -9,7 +9,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from graftune.adapters import DeepPromptConfig, FloraConfig, MaskTuningConfig, SaraConfig
+from graftune.adapters import (
+    DeepPromptConfig,
+    FloraConfig,
+    MaskTuningConfig,
+    OnePromptConfig,
+    SaraConfig,
+)
 from graftune.adapters.checkpoint import AdapterMismatchError
 from graftune.adapters.regularizers import (
     FrozenDistillation,
@@ -17,9 +23,14 @@ from graftune.adapters.regularizers import (
     GradientDropout,
     L2ToStart,
     MaskNorm,
+    NuclearNorm,
+    ProgressiveRelease,
     Regularization,
     Regularizer,
     SelfRegulation,
+    VirtualOutliers,
+    outlier_loss,
+    virtual_outliers,
 )
 from graftune.adapters.tuner import BaseModelMismatchError
 from graftune.load import load
@@ -52,6 +63,9 @@ __all__ = [
     "L2ToStart",
     "MaskNorm",
     "MaskTuningConfig",
+    "NuclearNorm",
+    "OnePromptConfig",
+    "ProgressiveRelease",
     "Recipe",
     "Regularization",
     "Regularizer",
@@ -59,9 +73,12 @@ __all__ = [
     "SelfRegulation",
     "Trainer",
     "TrainerMixin",
+    "VirtualOutliers",
     "last_checkpoint",
     "load",
+    "outlier_loss",
     "recipes",
+    "virtual_outliers",
     "wrap",
 ]
 

@@ -10,7 +10,15 @@ from peft import PeftConfig
 from graftune.adapters.deep_prompts import DeepPromptConfig
 from graftune.adapters.flora import FloraConfig
 from graftune.adapters.mask_tuning import MaskTuningConfig
-from graftune.adapters.regularizers import GaussianAveraging, Regularizer, SelfRegulation
+from graftune.adapters.one_prompt import OnePromptConfig
+from graftune.adapters.regularizers import (
+    GaussianAveraging,
+    NuclearNorm,
+    ProgressiveRelease,
+    Regularizer,
+    SelfRegulation,
+    VirtualOutliers,
+)
 from graftune.adapters.sara import SaraConfig
 
 
@@ -55,10 +63,18 @@ _RECIPES = {
             "Vision-Language Models, ICCV 2023, arXiv 2307.15049",
         ),
         Recipe(
+            name="ovor",
+            config_cls=OnePromptConfig,
+            paper="OVOR: OnePrompt with Virtual Outlier Regularization for Rehearsal-Free "
+            "Class-Incremental Learning, ICLR 2024, arXiv 2402.04129",
+            regularizers=(VirtualOutliers(),),
+        ),
+        Recipe(
             name="sara",
             config_cls=SaraConfig,
             paper="SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse "
             "Low-Rank Adaptation, ICLR 2025, arXiv 2409.06633",
+            regularizers=(NuclearNorm(5e-4), ProgressiveRelease(0.5)),
         ),
     )
 }

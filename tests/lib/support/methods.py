@@ -78,6 +78,20 @@ METHODS = {
             starts_as_base=False,  # prompts are tokens of their own
             merges=False,
         ),
+        MethodCase(
+            name="ovor",
+            options={"lengths": [4, 6]},
+            models=(
+                "transformers-clip",
+                "transformers-siglip",
+                "transformers-vit",
+                "open_clip-vit",
+                "timm-vit",
+            ),
+            prefix="one_prompt_",
+            starts_as_base=False,  # prompts are keys and values of their own
+            merges=False,
+        ),
     )
 }
 
