@@ -95,7 +95,7 @@ class GraftTuner(BaseTuner):
             state_dict=state_dict,
         )
         if isinstance(config, GraftConfig):
-            self._enter_base_digest(model, config, adapter_name)
+            enter_base_digest(model, config, adapter_name, self.tuner_layer_cls)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -147,24 +147,6 @@ class GraftTuner(BaseTuner):
             f"{_peft_sentence(config, results)} Given: {given}.{hint} Modules that can be adapted: "
             f"{listing(candidates)}."
         )
-
-    # The digest of the base model.
-
-    def _enter_base_digest(self, model: nn.Module, config: GraftConfig, adapter_name: str) -> None:
-        found = digest_of_targets(model, adapter_name)
-        if found is None:
-            return
-        recorded = config.base_digest
-        if recorded is None or config.base_digest_is_fresh or config.base_check == "off":
-            config.base_digest = found
-            config.base_digest_is_fresh = True
-            return
-        reason = difference(recorded, found)
-        if reason is not None:
-            message = _base_mismatch_message(config, model, reason)
-            if config.base_check == "error":
-                raise BaseModelMismatchError(message)
-            warnings.warn(message, stacklevel=2)
 
     # Saving and loading.
 
@@ -223,14 +205,49 @@ def adapter_tensors(model: nn.Module, adapter_name: str, prefix: str) -> dict[st
     }
 
 
-def digest_of_targets(model: nn.Module, adapter_name: str) -> str | None:
+def enter_base_digest(
+    model: nn.Module,
+    config: GraftConfig,
+    adapter_name: str,
+    layer_cls: type[BaseTunerLayer] = BaseTunerLayer,
+) -> None:
+    """Record the digest of an attached adapter's base tensors, or compare it to the recorded one.
+
+    Raises:
+        BaseModelMismatchError: they are of another base model, and the config's `base_check` is
+            "error"; with "warn" it is a warning.
+    """
+    found = digest_of_targets(model, adapter_name, layer_cls)
+    if found is None:
+        return
+    recorded = config.base_digest
+    if recorded is None or config.base_digest_is_fresh or config.base_check == "off":
+        config.base_digest = found
+        config.base_digest_is_fresh = True
+        return
+    reason = difference(recorded, found)
+    if reason is not None:
+        message = _base_mismatch_message(config, model, reason)
+        if config.base_check == "error":
+            raise BaseModelMismatchError(message)
+        warnings.warn(message, stacklevel=2)
+
+
+def digest_of_targets(
+    model: nn.Module, adapter_name: str, layer_cls: type[BaseTunerLayer] = BaseTunerLayer
+) -> str | None:
     """Return the digest of the base tensors that an attached adapter sits on.
 
     None, with one warning, when they cannot be compared: quantised, sharded or without values.
+
+    Args:
+        model: the model with the adapter.
+        adapter_name: its name.
+        layer_cls: the class of its layers, where other methods are on the model, too.
     """
     tensors: dict[str, torch.Tensor] = {}
     for key, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
+        if not isinstance(layer, layer_cls):
             continue
         if adapter_name not in layer._get_available_adapters():
             continue

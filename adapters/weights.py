@@ -17,6 +17,7 @@ def weight_changes(model: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]
     """Yield name and ΔW of every base weight that the active adapters of a model change.
 
     ΔW comes as a function that computes it with gradients, so that one dense ΔW at a time exists.
+    Where several layers change one weight it is what all of them change together.
 
     Args:
         model: a model with adapters of graftune's or of PEFT's.
@@ -27,6 +28,7 @@ def weight_changes(model: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]
     Example:
         >>> {name: float(change().norm()) for name, change in weight_changes(model)}
     """
+    changes: dict[str, list[Callable[[], Tensor]]] = {}
     for key, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
@@ -35,7 +37,13 @@ def weight_changes(model: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]
             if adapter not in layer._get_available_adapters():
                 continue
             for weight, change in _changes(name, layer, adapter).items():
-                yield f"{name}.{weight}", change
+                changes.setdefault(f"{name}.{weight}", []).append(change)
+    for name, of_weight in changes.items():
+        yield name, of_weight[0] if len(of_weight) == 1 else partial(_together, of_weight)
+
+
+def _together(changes: list[Callable[[], Tensor]]) -> Tensor:
+    return sum((change() for change in changes[1:]), start=changes[0]())
 
 
 def _changes(name: str, layer: Any, adapter: str) -> dict[str, Callable[[], Tensor]]:

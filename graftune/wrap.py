@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from graftune.adapters.deep_prompts import DeepPromptConfig
-from graftune.adapters.mask_tuning import MaskTuningConfig
-from graftune.adapters.messages import listing, nearest
+from graftune.adapters.messages import listing
 from graftune.adapters.regularizers import Regularizer, record
 from graftune.adapters.restore import untouched_on_error
-from graftune.adapters.sara import SaraConfig
-from graftune.integrations.families import default_targets, recognise
-from graftune.integrations.masks import fill_mask_config
-from graftune.integrations.prompts import fill_prompt_config
-from graftune.recipes import recipes
-
-# Fields that PEFT or graftune fill themselves.
-_NOT_FOR_USERS = frozenset(
-    {
-        "peft_type",
-        "peft_version",
-        "auto_mapping",
-        "base_digest",
-        "base_dtype",
-        "cutoff",
-        "regularizers",
-    }
-)
+from graftune.adapters.stack import StackConfig, add_method
+from graftune.adapters.stack.config import method_of
+from graftune.methods import Method, fill, method_configs, own_regularizers
 
 
 def wrap(
     model: nn.Module,
-    method: str | PeftConfig,
+    method: Method | Sequence[Method],
     *,
     adapter_name: str = "default",
     regularizers: Sequence[Regularizer | Mapping[str, Any]] | None = None,
@@ -53,16 +34,19 @@ def wrap(
 
     Args:
         model: the base model. Its weights are frozen and never changed. A `PeftModel` gets a
-            second adapter of the same method, which is added without being activated.
+            second adapter of the same method, which is added without being activated; or another
+            method on top of the one it has, which becomes part of its adapter. What of that was
+            frozen, as adapters are that were loaded without `is_trainable`, stays frozen.
         method: a recipe's name (`graftune.recipes()`) or any PEFT config, `LoraConfig` included;
-            the config is copied.
+            the config is copied. A list stacks several methods, which are trained jointly and
+            saved as one adapter (`graftune.adapters.stack.StackConfig`).
         adapter_name: the name under which PEFT knows the adapter.
         regularizers: what keeps the adapter honest, recorded in its config and used by
             `graftune.Trainer`: objects such as `graftune.FrozenDistillation()`, or dicts with their
-            name and settings. None takes the recipe's or the config's own; an empty list none.
+            name and settings. None takes the recipes' or the configs' own; an empty list none.
         tokenizer: the model's tokenizer or processor, for methods that start from words; None
             finds it by the model's name.
-        **overrides: fields of the config.
+        **overrides: fields of the config; of several methods, fields that only one has.
 
     Returns:
         The `peft.PeftModel`: `save_pretrained`, `push_to_hub`, `disable_adapter`,
@@ -80,98 +64,66 @@ def wrap(
         >>> model.print_trainable_parameters()
         trainable params: 104 || all params: 384 || trainable%: 27.0833
     """
-    config = _config(method, overrides)
-    if regularizers is None and isinstance(method, str):
-        regularizers = recipes()[method].regularizers
-    if regularizers is not None:
-        config = record(config, regularizers)
+    methods = [method] if isinstance(method, (str, PeftConfig)) else method
+    if not isinstance(methods, Sequence):
+        raise TypeError(
+            f"a method is a recipe's name or a PEFT config, or a list of them; got "
+            f"{type(method).__name__}"
+        )
+    configs = method_configs(methods, overrides)
+    if regularizers is None:
+        regularizers = own_regularizers(methods)
     if isinstance(model, PeftModel):
-        return _add(model, config, adapter_name, tokenizer)
+        return _add(model, configs, regularizers, adapter_name, tokenizer)
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"a model to wrap must be a torch.nn.Module, got {type(model).__name__}. Of a "
             "diffusers pipeline wrap the part to adapt, for example `pipeline.unet`."
         )
-    _fill(config, model, tokenizer)
+    config = _filled(configs, model, regularizers, tokenizer)
     with untouched_on_error(model):
         return get_peft_model(model, config, adapter_name=adapter_name)
 
 
-def _add(model: PeftModel, config: PeftConfig, adapter_name: str, tokenizer: Any) -> PeftModel:
-    if adapter_name in model.peft_config:
+def _filled(
+    configs: list[PeftConfig], model: nn.Module, regularizers: Any, tokenizer: Any
+) -> PeftConfig:
+    """Return one config, of one method or several, filled in for a model."""
+    for config in configs:
+        fill(config, model, tokenizer)
+    config = configs[0]
+    if len(configs) > 1:
+        config = StackConfig(parts=configs, task_type=config.task_type, revision=config.revision)
+    return config if regularizers is None else record(config, regularizers)
+
+
+def _add(
+    model: PeftModel,
+    configs: list[PeftConfig],
+    regularizers: Any,
+    adapter_name: str,
+    tokenizer: Any,
+) -> PeftModel:
+    """Add one more adapter of the methods that are there, or other methods to the one there is."""
+    base = model.get_base_model()
+    present = next(iter(model.peft_config.values()))
+    methods = present.methods if isinstance(present, StackConfig) else [method_of(present)]
+    if [method_of(config) for config in configs] == methods:
+        if adapter_name in model.peft_config:
+            raise ValueError(
+                f"the model already has an adapter {adapter_name!r}; it has "
+                f"{listing(model.peft_config)}. Choose another `adapter_name`."
+            )
+        config = _filled(configs, base, regularizers, tokenizer)
+        with untouched_on_error(model):
+            model.add_adapter(adapter_name, config)
+        return model
+    if adapter_name not in ("default", *model.peft_config) and len(model.peft_config) == 1:
         raise ValueError(
-            f"the model already has an adapter {adapter_name!r}; it has "
-            f"{listing(model.peft_config)}. Choose another `adapter_name`."
+            f"another method joins the adapter that is there, {listing(model.peft_config)}: leave "
+            f"out adapter_name={adapter_name!r}"
         )
-    present = next(iter(model.peft_config.values())).peft_type
-    if present != config.peft_type:
-        raise ValueError(
-            f"the model already has an adapter of the method {_value(present)}; PEFT holds one "
-            f"method a model, so {_value(config.peft_type)} cannot be added. Merge the first with "
-            "`model.merge_and_unload()` or start from the base model."
-        )
-    _fill(config, model.get_base_model(), tokenizer)
-    with untouched_on_error(model):
-        model.add_adapter(adapter_name, config)
+    for config in configs:
+        fill(config, base, tokenizer)
+    add_method(model, configs, regularizers or ())
     return model
-
-
-def _config(method: str | PeftConfig, overrides: dict[str, Any]) -> PeftConfig:
-    """Return a new config from a recipe's name or a config, with `overrides` checked and set."""
-    if isinstance(method, str):
-        known = recipes()
-        if method not in known:
-            raise ValueError(
-                f"unknown method {method!r}.{nearest(method, known)} Known: {listing(known)}; any "
-                "PEFT config object, such as peft.LoraConfig(), is accepted as well."
-            )
-        config_cls: type[PeftConfig] = known[method].config_cls
-        values = {**known[method].defaults, **overrides}
-    elif isinstance(method, PeftConfig):
-        config_cls = type(method)
-        given = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
-        values = copy.deepcopy(given) | overrides
-    else:
-        raise TypeError(
-            f"a method is a recipe's name or a PEFT config, got {type(method).__name__}. Known "
-            f"names: {listing(recipes())}."
-        )
-    allowed = {f.name for f in dataclasses.fields(config_cls) if f.init} - _NOT_FOR_USERS
-    for name in overrides:
-        if name not in allowed:
-            raise ValueError(
-                f"{config_cls.__name__} has no field {name!r}.{nearest(name, allowed)} Fields: "
-                f"{listing(sorted(allowed), most=40)}."
-            )
-    # A config that was attached elsewhere carries that base's digest: this is a new attachment.
-    values.pop("base_digest", None)
-    return config_cls(**values)
-
-
-def _fill(config: Any, model: nn.Module, tokenizer: Any) -> None:
-    """Fill in what the config leaves open for this model."""
-    family = recognise(model)
-    if config.task_type is None and family.task_type is not None:
-        config.task_type = family.task_type
-    if isinstance(config, DeepPromptConfig):
-        fill_prompt_config(config, model, tokenizer)
-        return
-    if isinstance(config, MaskTuningConfig):
-        fill_mask_config(config, model)
-        return
-    if getattr(config, "target_modules", "absent") is not None or isinstance(config, SaraConfig):
-        return  # SaRA's own default is every module
-    if getattr(config, "target_parameters", None):
-        return
-    targets = default_targets(model)
-    if not targets:
-        raise ValueError(
-            f"the {family.library} model {family.architecture} has no linear, convolution or "
-            "attention layers to adapt by default. Name modules with `target_modules` or tensors "
-            "with `target_parameters`."
-        )
-    config.target_modules = set(targets)
-
-
-def _value(peft_type: Any) -> str:
-    return str(getattr(peft_type, "value", peft_type))

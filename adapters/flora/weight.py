@@ -103,7 +103,8 @@ class FloraWeight(FloraLayer):
     def weight(self) -> Tensor:
         """The base weight; W + ΔW where the parent reads it to compute with."""
         if self.weight_is_read and (adapters := self._applied()):
-            return self._sum("weight", self.get_base_layer().weight, adapters)
+            # Through another method's layer, which may read as a masked weight.
+            return self._sum("weight", self.base_layer.weight, adapters)
         return super().weight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..layer_types import parameter_shape
 from ..substitute import call_with
 from .config import MaskTuningConfig
-from .functional import mask_of, masked_weight, random_scores
+from .functional import mask_of, masked_weight, random_mask, scores_of
 from .merging import MaskMerging, selection_pending
 
 
@@ -107,12 +107,10 @@ class MaskTuningLayer(nn.Module, MaskMerging, BaseTunerLayer):
             shape = (scored_entries(shape, config.fraction),)
             index = torch.zeros(shape, dtype=torch.int32, device=device)
             self.mask_tuning_index[adapter][name] = index  # type: ignore[operator]
-        if config.init_weights:
-            scores = torch.full(shape, config.init)
-        else:
-            scores = random_scores(shape, config.init, config.threshold)
-        scores = nn.Parameter(scores.to(device, parameter.dtype))
-        self.mask_tuning_scores[adapter][name] = scores  # type: ignore[operator]
+        mask = torch.ones(shape, dtype=torch.bool) if config.init_weights else random_mask(shape)
+        mask = mask.to(device)
+        scores = scores_of(mask, config.init, config.threshold, parameter.dtype)
+        self.mask_tuning_scores[adapter][name] = nn.Parameter(scores)  # type: ignore[operator]
 
     def adapts(self, name: str, adapter: str) -> bool:
         """Say whether the adapter masks the parameter."""
@@ -259,9 +257,14 @@ class MaskTuningLayer(nn.Module, MaskMerging, BaseTunerLayer):
         return self._masked_or_own("bias")
 
     def _masked_or_own(self, name: str) -> Any:
+        value = getattr(self.base_layer, name)
         if name in self.adapted_names(self.active_adapters) and (adapters := self._applied()):
-            return self.effective(name, adapters)
-        return getattr(self.base_layer, name)
+            masked = self.effective(name, adapters)
+            if isinstance(self.base_layer, BaseTunerLayer):
+                # What another method's layer in between adds is added to the masked weight.
+                return masked + (value - getattr(self.get_base_layer(), name))
+            return masked
+        return value
 
     def __repr__(self) -> str:
         return f"mask_tuning.{super().__repr__()}"

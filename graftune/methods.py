@@ -1,0 +1,147 @@
+"""From what a user calls methods to configs that suit a model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peft import PeftConfig
+from torch import nn
+
+from graftune.adapters.deep_prompts import DeepPromptConfig
+from graftune.adapters.mask_tuning import MaskTuningConfig
+from graftune.adapters.messages import listing, nearest
+from graftune.adapters.prefixes import PrefixConfig
+from graftune.adapters.regularizers import Regularizer, recorded, regularizer
+from graftune.adapters.sara import SaraConfig
+from graftune.integrations.attention_places import fill_prefix_config
+from graftune.integrations.families import default_targets, recognise
+from graftune.integrations.masks import fill_mask_config
+from graftune.integrations.prompts import fill_prompt_config
+from graftune.recipes import recipes
+
+Method = str | PeftConfig
+
+# Fields that PEFT or graftune fill themselves.
+_NOT_FOR_USERS = frozenset(
+    {
+        "peft_type",
+        "peft_version",
+        "auto_mapping",
+        "base_digest",
+        "base_dtype",
+        "cutoff",
+        "regularizers",
+    }
+)
+
+
+def method_configs(methods: Sequence[Method], overrides: Mapping[str, Any]) -> list[PeftConfig]:
+    """Return a new config for each method, with the overrides set in the one that has the field.
+
+    Args:
+        methods: recipes' names or PEFT configs.
+        overrides: values by config field.
+
+    Raises:
+        ValueError: an unknown name or field, or a field that several of the methods have.
+        TypeError: a method is neither a name nor a config.
+    """
+    if not methods:
+        raise ValueError(f"no method to attach; known: {listing(recipes())}, or any PEFT config")
+    found = [_class_and_values(method) for method in methods]
+    fields = [_fields(config_cls) for config_cls, _ in found]
+    for name, value in overrides.items():
+        owners = [place for place, names in enumerate(fields) if name in names]
+        if not owners:
+            every = sorted(set().union(*fields))
+            classes = " and ".join(config_cls.__name__ for config_cls, _ in found)
+            raise ValueError(
+                f"{classes} has no field {name!r}.{nearest(name, every)} Fields: "
+                f"{listing(every, most=40)}."
+            )
+        if len(owners) > 1:
+            classes = listing(found[place][0].__name__ for place in owners)
+            raise ValueError(
+                f"{name!r} is a field of {classes}: say whose it is, by giving config objects in "
+                "the list of methods"
+            )
+        found[owners[0]][1][name] = value
+    return [config_cls(**values) for config_cls, values in found]
+
+
+def _class_and_values(method: Method) -> tuple[type[PeftConfig], dict[str, Any]]:
+    if isinstance(method, str):
+        known = recipes()
+        if method not in known:
+            raise ValueError(
+                f"unknown method {method!r}.{nearest(method, known)} Known: {listing(known)}; any "
+                "PEFT config object, such as peft.LoraConfig(), is accepted as well."
+            )
+        return known[method].config_cls, dict(known[method].defaults)
+    if not isinstance(method, PeftConfig):
+        raise TypeError(
+            f"a method is a recipe's name or a PEFT config, got {type(method).__name__}. Known "
+            f"names: {listing(recipes())}."
+        )
+    given = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
+    # A config that was attached elsewhere carries that base's digest: this is a new attachment.
+    given.pop("base_digest", None)
+    return type(method), copy.deepcopy(given)
+
+
+def _fields(config_cls: type[PeftConfig]) -> set[str]:
+    return {f.name for f in dataclasses.fields(config_cls) if f.init} - _NOT_FOR_USERS
+
+
+def own_regularizers(methods: Sequence[Method]) -> list[Regularizer] | None:
+    """Return the regularizers that belong to methods: a recipe's, or what a config records.
+
+    None where a single config says nothing about them.
+
+    Raises:
+        ValueError: two methods have one and the same regularizer with other settings.
+    """
+    if len(methods) == 1 and not isinstance(methods[0], str):
+        return None
+    joined: dict[str, Regularizer] = {}
+    for method in methods:
+        own = recipes()[method].regularizers if isinstance(method, str) else recorded(method)
+        for each in own:
+            present = joined.setdefault(each.name, each)
+            if present != each:
+                raise ValueError(
+                    f"two of the methods have the regularizer {each.name!r}, with other settings: "
+                    f"{present} and {each}. Say which with `regularizers=[...]`"
+                )
+    return [regularizer(each) for each in joined.values()]
+
+
+def fill(config: Any, model: nn.Module, tokenizer: Any) -> None:
+    """Fill in what a config leaves open for a model: its task type and the layers to adapt."""
+    family = recognise(model)
+    if config.task_type is None and family.task_type is not None:
+        config.task_type = family.task_type
+    if isinstance(config, DeepPromptConfig):
+        fill_prompt_config(config, model, tokenizer)
+        return
+    if isinstance(config, PrefixConfig):
+        fill_prefix_config(config, model)
+        return
+    if isinstance(config, MaskTuningConfig):
+        fill_mask_config(config, model)
+        return
+    if getattr(config, "target_modules", "absent") is not None or isinstance(config, SaraConfig):
+        return  # SaRA's own default is every module
+    if getattr(config, "target_parameters", None):
+        return
+    targets = default_targets(model)
+    if not targets:
+        raise ValueError(
+            f"the {family.library} model {family.architecture} has no linear, convolution or "
+            "attention layers to adapt by default. Name modules with `target_modules` or tensors "
+            "with `target_parameters`."
+        )
+    config.target_modules = set(targets)
