@@ -131,6 +131,9 @@ def scores_of(mask: Tensor, init: float, threshold: float, dtype: torch.dtype) -
     return torch.where(mask, torch.tensor(init, dtype=dtype, device=mask.device), low)
 
 
-def random_scores(shape: tuple[int, ...], init: float, threshold: float) -> Tensor:
-    """Return scores of a random mask with about a quarter of zeros, for tests."""
-    return threshold + (init - threshold) * (torch.randn(shape) + 0.6745)
+def random_mask(shape: tuple[int, ...]) -> Tensor:
+    """Return a random mask of which a quarter, and at least one entry, is zero: for tests."""
+    mask = torch.ones(shape, dtype=torch.bool)
+    zeros = torch.randperm(mask.numel())[: max(1, mask.numel() // 4)]
+    mask.view(-1)[zeros] = False
+    return mask

@@ -84,11 +84,11 @@ class MaskTuningLayer(nn.Module, MaskMerging, BaseTunerLayer):
         parameters: Iterable[str],
         shared: dict[str, tuple[MaskTuningLayer, str]],
     ) -> None:
-        """Add parameters to an adapter; other parameters and adapters stay as they are."""
-        if adapter_name not in self.threshold:
-            self.threshold[adapter_name] = config.threshold
-            self.recompute[adapter_name] = config.recompute
-            self.pending[adapter_name] = config.fraction is not None
+        """Start parameters of an adapter afresh; others and other adapters stay as they are."""
+        self.threshold[adapter_name] = config.threshold
+        self.recompute[adapter_name] = config.recompute
+        self.pending[adapter_name] = config.fraction is not None
+        if adapter_name not in self.mask_tuning_scores:
             self.mask_tuning_scores[adapter_name] = nn.ParameterDict()
             self.mask_tuning_index[adapter_name] = BufferDict(persistent=True)
             self.shared[adapter_name] = {}

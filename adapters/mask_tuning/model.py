@@ -120,15 +120,15 @@ class MaskTuningModel(WeightTuner):
     ) -> None:
         """Mask some of a module's own parameters."""
         base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        others = {name: self._masked.get(id(getattr(base, name))) for name in names}
         shared = {
-            name: self._masked[id(getattr(base, name))]
-            for name in names
-            if id(getattr(base, name)) in self._masked
+            name: other
+            for name, other in others.items()
+            if other is not None and other != (target, name)
         }
         if isinstance(target, MaskTuningLayer):
             layer = target
-            new = [name for name in names if not layer.adapts(name, adapter_name)]
-            layer.update_layer(adapter_name, config, new, shared)
+            layer.update_layer(adapter_name, config, names, shared)
         else:
             layer = MaskTuningLayer(target, adapter_name, config, names, shared)
             self._replace_module(parent, target_name, layer, target)

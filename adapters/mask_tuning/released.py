@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import check_fits
+from ..config import config_of
 from ..modules import without_base_layers
+from .config import MaskTuningConfig
 from .functional import scores_of
 from .layer import MaskTuningLayer
 
@@ -94,7 +96,9 @@ def import_released(model: Any, masks: Mapping[str, bytes], adapter_name: str = 
     Example:
         >>> import_released(model, {"visual.conv1.mask_real": data})
     """
-    config = model.peft_config[adapter_name]
+    config = config_of(model.peft_config[adapter_name], MaskTuningConfig)
+    if config is None:
+        raise ValueError(f"the adapter {adapter_name!r} is not of mask tuning")
     if config.fraction is not None:
         raise ValueError(
             "released masks are of whole weights, and this adapter has scores for a share of each: "

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..config import config_of
 from ..messages import listing
 from ..sharded import is_sharded
+from .config import MaskTuningConfig
 from .layer import MaskTuningLayer
 
 
@@ -110,8 +112,10 @@ def select(
                 f"no gradient of the loss reaches {name!r}, so its most important weights cannot "
                 "be told: leave it out with `exclude_modules`, or check the loss"
             )
+    config = config_of(model.peft_config[adapter], MaskTuningConfig)
+    assert config is not None  # its layers are there
     for (_, layer, name), total in zip(places, totals, strict=True):
-        _select(layer, adapter, name, total, model.peft_config[adapter].init)
+        _select(layer, adapter, name, total, config.init)
     for _, layer, _ in places:
         layer.pending[adapter] = False
     model.zero_grad()

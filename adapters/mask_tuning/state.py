@@ -39,6 +39,8 @@ def encoded(
     Raises:
         ValueError: the selection is pending, or scores are NaN.
     """
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return dict(tensors)  # to be loaded yet: only their names mean something
     places = _places(model, adapter)
     if any(layer.pending[adapter] for layer, _ in places.values()):
         raise ValueError(selection_pending([adapter], "saving"))
@@ -57,7 +59,7 @@ def encoded(
     result = {}
     for name, tensor in tensors.items():
         if f".{SCORES}." in name:
-            layer, parameter = places[name]
+            layer, parameter = places[_without_wrappers(name)]
             index = layer.scores(adapter, parameter)[1]
             shape = layer.full_shape(parameter)
             mask = mask_of(tensor, config.threshold, shape, index)
@@ -95,7 +97,8 @@ def decoded(
         except MaskFormatError as error:
             raise AdapterMismatchError(f"the adapter's tensor {name!r}: {error}") from None
         own = name.replace(f".{BITS}.", f".{SCORES}.")
-        place = places.get(own) or places.get(own.removeprefix("base_model.model."))
+        plain = _without_wrappers(own)
+        place = places.get(plain) or places.get(plain.removeprefix("base_model.model."))
         dtype = torch.float32
         if place is not None:
             layer, parameter = place
@@ -128,12 +131,17 @@ def _places(model: nn.Module, adapter: str) -> dict[str, tuple[MaskTuningLayer, 
     places = {}
     for key, layer in model.named_modules():
         if isinstance(layer, MaskTuningLayer):
-            for wrapper in _WRAPPERS:
-                key = key.replace(wrapper, "")
+            key = _without_wrappers(key)
             for parameter in layer.own_names(adapter):
                 name = f"{SCORES}.{adapter}.{parameter}"
                 places[f"{key}.{name}" if key else name] = layer, parameter
     return places
+
+
+def _without_wrappers(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def _check_shape(name: str, given: tuple[int, ...], expected: tuple[int, ...]) -> None:

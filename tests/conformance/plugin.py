@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, others = [], []
     for item in items:
         family = _family(item)
-        if _method(item) is None:
+        if _method(item) is None or _is_crossed(item):
             others.append(item)
             continue
         reasons = FAMILIES[family].deselected
@@ -150,6 +150,15 @@ def _name(node: pytest.Item) -> str:
 def _method(item: pytest.Item) -> Method | None:
     callspec = getattr(item, "callspec", None)
     return method_of(callspec.params.values(), METHODS) if callspec else None
+
+
+def _is_crossed(item: pytest.Item) -> bool:
+    """Say whether a test stands in for one method and is given the config of another."""
+    callspec: Any = getattr(item, "callspec", None)
+    stand_for = callspec.params.get("graftune_method")
+    others = [value for name, value in callspec.params.items() if name != "graftune_method"]
+    given = method_of(others, METHODS)
+    return stand_for is not None and given is not None and given is not stand_for
 
 
 def _matches(node: pytest.Item, patterns: tuple[str, ...]) -> bool:

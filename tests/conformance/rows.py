@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import peft
 
-from graftune import FloraConfig
+from graftune import FloraConfig, MaskTuningConfig
 
 from .translate import ANY, Method, Template
 
@@ -19,6 +19,24 @@ LORA = Template(
 LOKR = Template(
     peft.LoKrConfig,
     neutral={"alpha": ANY, "rank_dropout": (0.0,), "module_dropout": (0.0,)},
+)
+
+# A mask has no rank, no scale and no branch with an input to drop from.
+MASKED_LORA = Template(
+    peft.LoraConfig,
+    renamed={"init_lora_weights": "init_weights"},
+    neutral={
+        "r": ANY,
+        "lora_alpha": ANY,
+        "lora_dropout": ANY,
+        "rank_pattern": ANY,
+        "alpha_pattern": ANY,
+        "bias": ("none",),
+    },
+)
+MASKED_LOKR = Template(
+    peft.LoKrConfig,
+    neutral={"r": ANY, "alpha": ANY, "rank_dropout": (0.0,), "module_dropout": (0.0,)},
 )
 
 METHODS = (
@@ -59,6 +77,15 @@ METHODS = (
             )
         },
     ),
+    Method(
+        "MaskTuning",
+        MaskTuningConfig,
+        templates=(MASKED_LORA, MASKED_LOKR),
+        treated_as={
+            # At the usual rate none of ten scores crosses the threshold.
+            "*::test_disable_adapters?MaskTuning-Conv2d 1x1*": "TrainableTokensConfig",
+        },
+    ),
 )
 
 
@@ -74,6 +101,12 @@ HOTSWAP = "PEFT swaps LoRA only"
 GROUPS = "ranks need not be divisible by groups here"
 DOWNLOADS = "downloads into a cache of its own"
 NUMBERS = "holds numbers that are those of the Hub's weights"
+EMBEDDINGS = "embeddings are masked by `target_parameters` only"
+SCORES = "compares trained scores with those of a file, which holds their bits"
+NO_SUMS = "masks do not add up"
+ONE_MASK = "one batch has one mask"
+NOT_ADDED = "a mask is no low-rank update that LoRA could say"
+TOO_SMALL = "at the test's rate no score crosses the threshold in its few steps"
 NOT_MADE = "needs a model of the Hub that hub.py does not make"
 
 
@@ -133,7 +166,18 @@ FAMILIES: dict[str, Family] = {
         deselected={
             NAMES: ("TestMixedAdapterBatches::test_mixed_adapter_batches_mha_raises",),
             SHAPES: ("*::test_load_resized_embedding_ignore_mismatched_sizes",),
-            MIXED: ("*::test_add_adapter_rejects_duplicate_name_without_mutation?FLoRA-True*",),
+            MIXED: ("*::test_add_adapter_rejects_duplicate_name_without_mutation?*-True*",),
+            EMBEDDINGS: (
+                "*MaskTuning-Embedding*",
+                "*::test_save_pretrained_targeting_lora_to_embedding_layer*MaskTuning*",
+            ),
+            SCORES: ("*::test_parameters_after_loading_model?MaskTuning-*",),
+            NO_SUMS: (
+                "*modules_to_save_merging_adapters*MaskTuning*",
+                "*::test_add_weighted_adapter_cat_with_rank_pattern?MaskTuning-*",
+                "*::test_multiple_active_adapters_forward?MaskTuning-*",
+            ),
+            ONE_MASK: ("TestMixedAdapterBatches::*MaskTuning*",),
         },
         quick=(
             "TestPeftCustomModel::test_save_pretrained",
@@ -153,6 +197,12 @@ FAMILIES: dict[str, Family] = {
     "test_decoder_models": Family(
         181,
         bodies=("TestDecoderModels::test_merge_and_unload_fixes_tie_word_embeddings_config",),
+        deselected={
+            EMBEDDINGS: (
+                "*::test_save_pretrained_targeting_lora_to_embedding_layer?MaskTuning*",
+                "*::test_merge_and_unload_fixes_tie_word_embeddings_config?MaskTuning*",
+            ),
+        },
         quick=("*tiny-random-GPT2LMHeadModel*",),
         quick_minimum=30,
     ),
@@ -197,7 +247,9 @@ FAMILIES: dict[str, Family] = {
         quick_minimum=1,
     ),
     "test_stablediffusion": Family(8),
-    "test_torch_compile": Family(8),
+    "test_torch_compile": Family(
+        8, deselected={TOO_SMALL: ("*::test_causal_lm_training_*_compile?MaskTuning*",)}
+    ),
     "test_low_level_api": Family(
         31,
         bodies=(
@@ -226,6 +278,7 @@ FAMILIES: dict[str, Family] = {
         names=("LoKrConfig",),
         deselected={
             NAMES: ("TestLoraConversion::test_targeted_modules_identical*",),
+            NOT_ADDED: ("TestLoraConversion::*MaskTuning*",),
             NUMBERS: ("TestLoraConversion::test_converted_lora_approximates_original_adapter",),
         },
     ),
@@ -264,6 +317,10 @@ FAMILIES: dict[str, Family] = {
             TOKENS: (
                 "TestModelAndLayerStatus::test_*trainable_tokens*",
                 "TestTunerStateDictKeyPrefixes::test_prefixes_tuner_layer_inside_auxiliary_*",
+            ),
+            EMBEDDINGS: (
+                "TestModelAndLayerStatus::test_*_large?MaskTuning*",
+                "TestModelAndLayerStatus::test_*_irregular?MaskTuning*",
             ),
             NOT_MADE: ("TestModelAndLayerStatus::test_transformers_model",),
         },
@@ -306,6 +363,9 @@ FAMILIES: dict[str, Family] = {
             MIXED: (
                 "TestNoInfiniteRecursionDeepspeed::test_no_infinite_recursion?*-PeftMixedModel?",
                 "TestLowCpuMemUsage::test_mixed_model_from_pretrained_low_cpu_mem_usage_works",
+            ),
+            NAMES: (
+                "TestLowCpuMemUsage::test_get_peft_model_*low_cpu_mem_usage_works?MaskTuning*",
             ),
             HOTSWAP: ("TestHotSwapping::test_hotswap_works",),
             GROUPS: ("*::test_error_raised_if_rank_not_divisible_by_groups",),
