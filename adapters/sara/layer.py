@@ -73,10 +73,15 @@ class SaraLayer(nn.Module, ScaledLayer):
     def update_layer(
         self, adapter_name: str, config: SaraConfig, places: Mapping[str, Places]
     ) -> None:
-        """Add an adapter, or start one afresh; other adapters stay as they are."""
-        self.scale[adapter_name] = self.scaling[adapter_name] = 1.0
+        """Add an adapter, or start one afresh; other adapters stay as they are.
+
+        Without places it waits for those that a file lists: for another `update_layer`.
+        """
         self.rules[adapter_name] = (config.select, config.cutoff or 0.0)
         self.places[adapter_name] = {}
+        if not places:
+            return
+        self.scale[adapter_name] = self.scaling[adapter_name] = 1.0
         self.sara_values[adapter_name] = nn.ParameterDict()
         for name, of_name in places.items():
             values = self._original_entries(of_name, name)
@@ -84,17 +89,6 @@ class SaraLayer(nn.Module, ScaledLayer):
                 values = values + _noise_like(values, getattr(self.base_layer, name))
             self._enter(adapter_name, name, of_name, values)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def replace_places(self, adapter: str, places: Mapping[str, Places]) -> None:
-        """Give an adapter other places, as a file has them; its values are loaded next."""
-        requires_grad = any(p.requires_grad for p in self.sara_values[adapter].parameters())
-        self.places[adapter] = {}
-        self.sara_values[adapter] = nn.ParameterDict()
-        for name, of_name in places.items():
-            self._enter(adapter, name, of_name, self._original_entries(of_name, name))
-        self.sara_values[adapter].requires_grad_(requires_grad)
-        if not places:
-            self.delete_adapter(adapter)
 
     def _enter(self, adapter: str, name: str, places: Places, values: Tensor) -> None:
         self.places[adapter][name] = places
@@ -211,8 +205,12 @@ class SaraLayer(nn.Module, ScaledLayer):
         return is_matrix and self.adapted_names([adapter_name]) == ["weight"]
 
     def adapted_tensors(self) -> dict[str, Tensor]:
-        """Return the base tensors that adapters change, as they are without any adapter."""
-        return {name: self._without(name) for name in self.adapted_names(self.scaling)}
+        """Return the module's own tensors, as they are without any adapter.
+
+        All of them, so that they are the same whatever other adapters there are.
+        """
+        own = (name for name, _ in self.base_layer.named_parameters(recurse=False))
+        return {name: self._without(name) for name in own}
 
     def _without(self, name: str) -> Tensor:
         weight: Tensor = getattr(self.base_layer, name).detach()

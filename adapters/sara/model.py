@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..messages import listing
 from ..modules import is_target_parameter, without_base_layers
 from ..placing import WeightTuner
-from ..tuner import BaseModelMismatchError
+from ..tuner import BaseModelMismatchError, enter_base_digest
 from . import stored
 from .config import SaraConfig
 from .functional import count_below, cutoff_for, magnitude_of_rank, selected, tensor_seed
@@ -157,14 +156,16 @@ class SaraModel(WeightTuner):
         if isinstance(target, SaraLayer) and adapter_name in target.places:
             return
         base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        places = {
-            name: _places(config, f"{key}.{name}", tensor)
+        targets = {
+            name: tensor
             for name, tensor in base.named_parameters(recurse=False)
             if f"{key}.{name}" in self._targets
         }
-        waiting = waits_for_indices(config)
-        places = {name: found for name, found in places.items() if found.count or waiting}
-        if not places:
+        places = {}
+        if not waits_for_indices(config):
+            found = ((n, _places(config, f"{key}.{n}", tensor)) for n, tensor in targets.items())
+            places = {name: of_name for name, of_name in found if of_name.count}
+        if not places and not (targets and waits_for_indices(config)):
             return
         if isinstance(target, SaraLayer):
             target.update_layer(adapter_name, config, places)
@@ -195,8 +196,8 @@ class SaraModel(WeightTuner):
         tensors = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        store_indices: bool = config.store_indices  # type: ignore[attr-defined]
-        return tensors | stored.places_tensors(model, adapter_name, store_indices)
+        own: Any = config
+        return tensors | stored.places_tensors(model, adapter_name, own.store_indices)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -213,6 +214,9 @@ class SaraModel(WeightTuner):
             if isinstance(x, SaraLayer) and adapter_name in x.places
         }
         stored.enter_places(layers, places, values, adapter_name, config)
+        own: Any = config
+        if waits_for_indices(own):  # its layers are there now
+            enter_base_digest(model, own, adapter_name, SaraLayer)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, values)
 
 
@@ -227,8 +231,6 @@ def waits_for_indices(config: SaraConfig) -> bool:
 
 
 def _places(config: SaraConfig, name: str, tensor: Tensor) -> Places:
-    if waits_for_indices(config):
-        return Places.of(torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device))
     assert config.cutoff is not None
     select: Any = config.select
     return Places.of(selected(tensor, config.cutoff, select, tensor_seed(config.seed, name)))

@@ -14,6 +14,7 @@ from .layer import SaraLayer
 from .places import Places, mask_of_bits, mask_of_indices
 
 PROOF = "sara_places"  # by module: a digest of the places, (1,)
+_PREFIX = "base_model.model."
 INDICES = "sara_indices"  # by parameter: a bitmask in uint8, or flat indices in int32
 
 
@@ -93,47 +94,51 @@ def enter_places(
             "`sara_indices` is among them. Take them from `peft.get_peft_model_state_dict` or a "
             "saved folder"
         )
-    prefix = "" if next(iter(layers), "").startswith("base_model.model.") else "base_model.model."
+    # Models of other libraries hold the layers without PEFT's prefix, which files have.
+    found = {key.removeprefix(_PREFIX): tensor for key, tensor in places.items()}
+    layers = {key.removeprefix(_PREFIX): layer for key, layer in layers.items()}
+    wrong = []
     for key, layer in layers.items():
-        named = key if any(k.startswith(key.removesuffix(PROOF)) for k in places) else prefix + key
-        listed = {
-            name.rpartition(f".{INDICES}.")[2]: tensor
-            for name, tensor in places.items()
-            if name.startswith(f"{named.removesuffix(PROOF)}{INDICES}.")
-        }
-        if any(f".{INDICES}." in name for name in places):
-            _take_over(layer, adapter_name, listed)
-    wrong = [
-        key
-        for key, layer in layers.items()
-        if not any(f".{INDICES}." in name for name in places)
-        and not _is_proven(layer, adapter_name, places.get(key, places.get(prefix + key)))
-    ]
+        head = key.removesuffix(PROOF) + f"{INDICES}."
+        listed = {k.removeprefix(head): t for k, t in found.items() if k.startswith(head)}
+        if adapter_name not in layer.sara_values:  # waits for them
+            layer.update_layer(adapter_name, config, _unpacked(layer, listed))
+        elif not _is_same(layer.places[adapter_name], found.get(key), listed):
+            wrong.append(key)
     if wrong:
         raise BaseModelMismatchError(_message(wrong, len(layers), config))
 
 
-def _is_proven(layer: SaraLayer, adapter_name: str, found: Tensor | None) -> bool:
-    return found is not None and torch.equal(found.cpu(), proof(layer.places[adapter_name]))
+def _is_same(
+    places: Mapping[str, Places], proven: Tensor | None, listed: Mapping[str, Tensor]
+) -> bool:
+    if proven is not None:
+        return torch.equal(proven.cpu(), proof(places))
+    stored = {name: as_stored(of_name) for name, of_name in places.items()}
+    return stored.keys() == listed.keys() and all(
+        torch.equal(tensor, listed[name].cpu()) for name, tensor in stored.items()
+    )
 
 
-def _take_over(layer: SaraLayer, adapter_name: str, listed: Mapping[str, Tensor]) -> None:
+def _unpacked(layer: SaraLayer, listed: Mapping[str, Tensor]) -> dict[str, Places]:
     found = {}
     for name, tensor in listed.items():
         weight = getattr(layer.base_layer, name)
         shape, tensor = tuple(weight.shape), tensor.to(weight.device)
         is_bits = tensor.dtype == torch.uint8
-        if is_bits and tensor.numel() != -(-weight.numel() // 8):
+        fits = tensor.numel() == -(-weight.numel() // 8) if is_bits else True
+        if not fits or (not is_bits and int(tensor.max()) >= weight.numel()):
             raise BaseModelMismatchError(
-                f"the file lists entries of {name!r} for a tensor of another size than {shape}"
+                f"the file lists entries of {name!r} for a tensor of another size than {shape}: "
+                "load the base model it was trained on"
             )
         mask = mask_of_bits(tensor, shape) if is_bits else mask_of_indices(tensor, shape)
         found[name] = Places.of(mask)
-    layer.replace_places(adapter_name, found)
+    return found
 
 
 def _message(wrong: list[str], count: int, config: Any) -> str:
-    names = [key.removesuffix(f".{PROOF}").removeprefix("base_model.model.") for key in wrong]
+    names = [key.removesuffix(f".{PROOF}") for key in wrong]
     return (
         f"the adapter's entries have other places in this model: in {len(wrong)} of {count} "
         f"modules ({listing(names, 3)}) the selection with {_selection(config)} gives others than "
