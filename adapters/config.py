@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from peft import PeftConfig
+
+ConfigT = TypeVar("ConfigT", bound=PeftConfig)
 
 # Called with the folder when an adapter was saved: what else belongs to one, such as a model card
 # that imports graftune, is known further up, and entered there.
@@ -71,3 +73,14 @@ class GraftConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         for act in after_saving:
             act(Path(save_directory))
+
+
+def config_of(config: Any, cls: type[ConfigT]) -> ConfigT | None:
+    """Return a config if it is of a class, or its part of that class; None if there is none.
+
+    Example:
+        >>> config_of(model.peft_config["default"], MaskTuningConfig).threshold
+        0.005
+    """
+    candidates = getattr(config, "parts", None) or [config]
+    return next((each for each in candidates if isinstance(each, cls)), None)

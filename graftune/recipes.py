@@ -13,6 +13,8 @@ from graftune.adapters.mask_tuning import MaskTuningConfig
 from graftune.adapters.one_prompt import OnePromptConfig
 from graftune.adapters.regularizers import (
     GaussianAveraging,
+    GradientDropout,
+    MaskNorm,
     NuclearNorm,
     ProgressiveRelease,
     Regularizer,
@@ -61,6 +63,7 @@ _RECIPES = {
             config_cls=MaskTuningConfig,
             paper="Regularized Mask Tuning: Uncovering Hidden Knowledge in Pre-trained "
             "Vision-Language Models, ICCV 2023, arXiv 2307.15049",
+            regularizers=(GradientDropout(), MaskNorm()),
         ),
         Recipe(
             name="ovor",

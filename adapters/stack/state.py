@@ -120,7 +120,7 @@ def _own_names(model: nn.Module, layer_cls: type) -> Iterator[str]:
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer) or isinstance(module, layer_cls):
             continue
-        layer: nn.Module = module
+        layer: Any = module
         held = (*layer._modules, *layer._parameters, *layer._buffers)
         yield from (f"{name}.{own}" for own in held if own != "base_layer")
 

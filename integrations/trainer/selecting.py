@@ -13,7 +13,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from graftune.adapters.mask_tuning import is_pending, select
+from graftune.adapters.config import config_of
+from graftune.adapters.mask_tuning import MaskTuningConfig, is_pending, select
 from graftune.integrations.trainer.base import SomeTrainer
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class SelectingTrainer(SomeTrainer):
         logger.warning(
             "selected the most important weights by the first batches of the training data: %g of "
             "each tensor's have scores",
-            model.active_peft_config.fraction,
+            getattr(config_of(model.active_peft_config, MaskTuningConfig), "fraction", None),
         )
 
     def _task_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:

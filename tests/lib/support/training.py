@@ -121,6 +121,12 @@ def adapted(method: str, model: str = "transformers-clip", **options: Any) -> An
     if method == "mask_tuning":
         config = method
         options = {name: value for name, value in options.items() if name not in ("r", "dropout")}
+    if method == "stack":
+        prompts = graftune.DeepPromptConfig(
+            num_tokens_text=1, num_tokens_vision=1, depth_text=1, depth_vision=2, init_text=None
+        )
+        lora = LoraConfig(r=4, lora_dropout=options["dropout"], target_modules="all-linear")
+        config, options = [prompts, lora, "mask_tuning"], {}
     return graftune.wrap(MODELS[model].build(), config, **options)
 
 
@@ -243,6 +249,13 @@ CASES = {
         lambda: [graftune.GradientDropout(1.0), graftune.L2ToStart(0.1)],
         accumulated=2,
         method="lora",
+    ),
+    "class names, prompts and LoRA and masks": Case(
+        "transformers-clip",
+        _class_names,
+        lambda: pictures(16, 4),
+        lambda: [graftune.GradientDropout(0.5), graftune.MaskNorm(0.01)],
+        method="stack",
     ),
     "class names, LoRA, accumulated": Case(
         "transformers-clip",
