@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 import graftune
@@ -220,6 +221,49 @@ def test_an_adapter_of_one_library_has_the_numbers_of_the_other() -> None:
         results[library] = found.prompts
     for tower, prompts in results["open_clip"].items():
         near(results["transformers"][tower], prompts, tower)
+
+
+ADAPTERS: dict[str, Any] = {
+    "flora": lambda model: graftune.wrap(model, "flora", r=2),
+    "lora": lambda model: graftune.wrap(model, LoraConfig(r=2)),
+}
+
+
+@EACH
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_self_regulation_of_any_adapter(library: str, adapter: str) -> None:
+    """Adapters that start as the base model differ from it in the templates alone, at first."""
+    torch.manual_seed(0)
+    model = ADAPTERS[adapter](openai_clip.LIBRARIES[library](WEIGHTS))
+    objective = ClassNameClassifier(NAMES, tokenizer_of(library), TEMPLATES[0])
+    alone = [
+        graftune.SelfRegulation(**{f"{other}_weight": 0.0 for other in others}, templates=TEMPLATES)
+        for others in (("image", "logits"), ("text", "logits"), ("text", "image"), ())
+    ]
+    expected = reference({}).terms
+    trained = [p for p in model.parameters() if p.requires_grad]
+    parts = (["text"], ["image"], ["logits"], list(expected))
+    for regularizer, kept in zip(alone, parts, strict=True):
+        run = graftune.Regularization(model, [regularizer])
+        found = run(objective, model, {"pixel_values": pixels(), "labels": LABELS})
+        for name in ("text", "image", "logits"):
+            value = expected[name] if name in kept else torch.zeros((), dtype=torch.float64)
+            near(found["terms"][f"self_regulation_{name}"], value, name)
+        found["loss"].backward()
+    assert any(p.grad is not None and p.grad.any() for p in trained)
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    optimizer.step()
+    moved = run(objective, model, {"pixel_values": pixels(), "labels": LABELS})["terms"]
+    assert moved["self_regulation_image"] > 1e-4
+    with torch.no_grad():
+        frozen = regularizer._text_of(model, objective)
+        near(frozen, _frozen_text(), "frozen text after a step")
+
+
+def _frozen_text() -> Tensor:
+    features = [promptsrc.text_features(WEIGHTS, texts(t), None) for t in TEMPLATES]
+    mean = torch.stack(features).mean(0)
+    return mean / mean.norm(dim=-1, keepdim=True)
 
 
 def test_general_templates_are_averaged_before_they_are_scaled() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import graftune
@@ -134,21 +135,45 @@ def test_the_first_prompts_start_as_words() -> None:
     assert tokens[1].abs().max() < 0.2
 
 
-def test_a_vit_b_16_has_the_numbers_of_the_paper(tmp_path: Any) -> None:
-    from transformers import CLIPConfig, CLIPModel
-
-    config = CLIPConfig(vision_config={"patch_size": 16})
+def vit_b_16(library: str) -> nn.Module:
+    """A CLIP of ViT-B/16's shapes, whose weights are whatever is in memory."""
     with torch.device("meta"):
-        base = CLIPModel(config)
-    model = graftune.wrap(base.to_empty(device="cpu"), "promptsrc", init_text=None)
+        if library == "transformers":
+            from transformers import CLIPConfig, CLIPModel
+
+            model: nn.Module = CLIPModel(CLIPConfig(vision_config={"patch_size": 16}))
+        else:
+            from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+            model = CLIP(512, CLIPVisionCfg(patch_size=16), CLIPTextCfg())
+    return model.to_empty(device="cpu")
+
+
+@pytest.mark.parametrize("library", ["transformers", "open_clip"])
+def test_a_vit_b_16_has_the_numbers_of_the_paper(library: str, tmp_path: Any) -> None:
+    model = graftune.wrap(vit_b_16(library), "promptsrc", init_text=None)
     assert model.get_nb_trainable_parameters()[0] == 46_080
+    shapes = {tuple(p.shape) for p in model.parameters() if p.requires_grad}
+    assert shapes == {(9, 4, 512), (9, 4, 768)}
     model.save_pretrained(tmp_path)
-    size = (tmp_path / "adapter_model.safetensors").stat().st_size
-    assert size <= 1.05 * 4 * 46_080 + 4096
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert sum(file.get_tensor(name).numel() for name in file.keys()) == 46_080  # noqa: SIM118
+    written = sum(file.stat().st_size for file in tmp_path.glob("adapter_model*"))
+    assert written <= 1.05 * 4 * 46_080 + 4096
     shallow = graftune.wrap(
         model.unload(), "promptsrc", init_text=None, depth_text=3, depth_vision=3
     )
     assert shallow.get_nb_trainable_parameters()[0] == 15_360
+
+
+@pytest.mark.parametrize("name", ["transformers-clip", "open_clip-vit"])
+def test_merging_says_why_it_cannot(name: str) -> None:
+    model = prompted(name)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match="prompts are tokens and not a change of the weights"):
+            merge()
+    assert model(**MODELS[name].batch())  # as it was
+    assert not hasattr(model.unload(), "peft_config")
 
 
 def test_one_adapter_at_a_time() -> None:
