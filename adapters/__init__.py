@@ -4,6 +4,16 @@ from graftune.adapters.deep_prompts import DeepPromptConfig
 from graftune.adapters.flora import FloraConfig
 from graftune.adapters.mask_tuning import MaskTuningConfig
 from graftune.adapters.one_prompt import OnePromptConfig
+from graftune.adapters.prompt_pools import CodaPromptConfig, DualPromptConfig, L2PConfig
 from graftune.adapters.sara import SaraConfig
 
-__all__ = ["DeepPromptConfig", "FloraConfig", "MaskTuningConfig", "OnePromptConfig", "SaraConfig"]
+__all__ = [
+    "CodaPromptConfig",
+    "DeepPromptConfig",
+    "DualPromptConfig",
+    "FloraConfig",
+    "L2PConfig",
+    "MaskTuningConfig",
+    "OnePromptConfig",
+    "SaraConfig",
+]

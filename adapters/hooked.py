@@ -54,9 +54,10 @@ class HookedLayer(nn.Module, BaseTunerLayer):
     # Adapters.
 
     def stand_beside(self, module: nn.Module) -> None:
-        """Say which module's parameters identify the base model, and where tensors belong."""
+        """Say which module's parameters identify the base model and where tensors belong."""
         # Known, and not a child: it has a parent already.
         self.__dict__["beside"] = module
+        self.train(module.training)
 
     def activate(self, adapter_name: str, inference_mode: bool) -> None:
         """Place the tensors of an adapter that was just added; the first one becomes active."""

@@ -11,12 +11,15 @@ from graftune.adapters.deep_prompts import DeepPromptConfig
 from graftune.adapters.flora import FloraConfig
 from graftune.adapters.mask_tuning import MaskTuningConfig
 from graftune.adapters.one_prompt import OnePromptConfig
+from graftune.adapters.prompt_pools import CodaPromptConfig, DualPromptConfig, L2PConfig
 from graftune.adapters.regularizers import (
     GaussianAveraging,
     GradientDropout,
+    KeyMatching,
     MaskNorm,
     NuclearNorm,
     ProgressiveRelease,
+    PromptOrthogonality,
     Regularizer,
     SelfRegulation,
     VirtualOutliers,
@@ -71,6 +74,26 @@ _RECIPES = {
             paper="OVOR: OnePrompt with Virtual Outlier Regularization for Rehearsal-Free "
             "Class-Incremental Learning, ICLR 2024, arXiv 2402.04129",
             regularizers=(VirtualOutliers(),),
+        ),
+        Recipe(
+            name="l2p",
+            config_cls=L2PConfig,
+            paper="Learning to Prompt for Continual Learning, CVPR 2022, arXiv 2112.08654",
+            regularizers=(KeyMatching(0.5),),
+        ),
+        Recipe(
+            name="dual_prompt",
+            config_cls=DualPromptConfig,
+            paper="DualPrompt: Complementary Prompting for Rehearsal-free Continual Learning, "
+            "ECCV 2022, arXiv 2204.04799",
+            regularizers=(KeyMatching(),),
+        ),
+        Recipe(
+            name="coda_prompt",
+            config_cls=CodaPromptConfig,
+            paper="CODA-Prompt: COntinual Decomposed Attention-based Prompting for Rehearsal-Free "
+            "Continual Learning, CVPR 2023, arXiv 2211.13218",
+            regularizers=(PromptOrthogonality(),),
         ),
         Recipe(
             name="sara",

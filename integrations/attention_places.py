@@ -8,6 +8,7 @@ from torch import nn
 
 from graftune.adapters.modules import base_modules
 from graftune.adapters.prefixes import PrefixConfig
+from graftune.adapters.prompt_pools import PoolConfig
 from graftune.integrations.families import recognise
 
 # Blocks of transformers', open_clip's and timm's vision transformers: of towers, which are inside
@@ -52,6 +53,8 @@ def fill_prefix_config(config: PrefixConfig, model: nn.Module) -> None:
             "transformer whose attentions are known; name `blocks`, `attention` and `projections` "
             f"in the {type(config).__name__}"
         )
+    if isinstance(config, PoolConfig):
+        places |= query_places(model, places["blocks"])
     for name, value in places.items():
         setattr(config, name, value)
 
@@ -85,3 +88,52 @@ def _projections(attention: nn.Module) -> list[str] | None:
         return []
     known = dict(base_modules(attention))
     return next((names for names in _PROJECTIONS if all(n in known for n in names)), None)
+
+
+# Where images enter a vision transformer, and where its features are ready, by the tower's name:
+# a pooling head without a class token, or the last norm.
+_ENTRIES = ("embeddings", "patch_embed", "conv1")
+_SOURCES = ("head", "post_layernorm", "layernorm", "ln_post", "norm")
+
+
+def query_places(model: nn.Module, blocks: str) -> dict[str, Any]:
+    """Return the config fields by which the frozen model's features of an image are reached.
+
+    Args:
+        model: a vision transformer, or a model that has one.
+        blocks: the name of its blocks, as `attention_places` returned it.
+
+    Raises:
+        ValueError: they are not known.
+    """
+    modules = {"": model, **dict(base_modules(model))}
+    parts = blocks.split(".")
+    for count in range(len(parts) - 1, -1, -1):
+        tower = ".".join(parts[:count])
+        entry = _first(modules, tower, _ENTRIES)
+        if entry is None:
+            continue
+        # A pooling head is SigLIP's; timm's and others' heads are classifiers.
+        pools = f"{tower}.head".removeprefix(".") in modules and _is_siglip(modules[tower])
+        source = _first(modules, tower, _SOURCES if pools else _SOURCES[1:])
+        if source is not None:
+            pool = "first" if _has_class_token(modules[tower]) else "mean"
+            return {"tower": tower, "entry": entry, "query": source, "query_pool": pool}
+    raise ValueError(
+        f"it is not known where the features of {type(model).__name__} come from; name `tower`, "
+        "`entry` and `query` in the config"
+    )
+
+
+def _first(modules: dict[str, nn.Module], tower: str, names: tuple[str, ...]) -> str | None:
+    found = (f"{tower}.{name}".removeprefix(".") for name in names)
+    return next((name for name in found if name in modules), None)
+
+
+def _is_siglip(tower: nn.Module) -> bool:
+    return type(tower).__name__.startswith("Siglip")
+
+
+def _has_class_token(tower: nn.Module) -> bool:
+    names = {name.rpartition(".")[2] for name, p in tower.named_parameters()}
+    return bool(names & {"cls_token", "class_token", "class_embedding"})

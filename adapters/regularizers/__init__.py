@@ -14,6 +14,7 @@ from .nuclear_norm import NuclearNorm
 from .outlier_regularizer import VirtualOutliers
 from .outliers import outlier_loss, virtual_outliers
 from .progressive_release import ProgressiveRelease
+from .prompt_pool import KeyMatching, PromptOrthogonality
 from .recording import record, recorded
 from .self_regulation import SelfRegulation, self_regulation_loss
 from .session import Regularization
@@ -23,11 +24,13 @@ __all__ = [
     "GaussianAveraging",
     "GradientDropout",
     "Gradients",
+    "KeyMatching",
     "L2ToStart",
     "MaskNorm",
     "Need",
     "NuclearNorm",
     "ProgressiveRelease",
+    "PromptOrthogonality",
     "Regularization",
     "Regularizer",
     "Run",

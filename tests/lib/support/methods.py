@@ -28,6 +28,8 @@ class MethodCase:
             with other values, whatever the user says.
         merge_tolerance: largest difference between merged and unmerged outputs in float32,
             relative to the output's scale.
+        from_terms: parts of the names of tensors that learn from a regularizer's term alone: the
+            model's output gives them a gradient of zero.
     """
 
     name: str
@@ -38,6 +40,7 @@ class MethodCase:
     merges: bool = True
     needs_own_base: bool = False
     merge_tolerance: float = 1e-5
+    from_terms: tuple[str, ...] = ()
 
     def wrap(self, model: nn.Module, adapter_name: str = "default", **overrides: Any) -> PeftModel:
         """Attach the adapter as a user does: the model's output does not change yet."""
@@ -52,6 +55,14 @@ class MethodCase:
         """Attach an adapter with other than its first values, as if it had been trained."""
         return self.wrap(model, adapter_name, init_weights=False, **overrides)
 
+
+VISION_TRANSFORMERS = (
+    "transformers-clip",
+    "transformers-siglip",
+    "transformers-vit",
+    "open_clip-vit",
+    "timm-vit",
+)
 
 METHODS = {
     case.name: case
@@ -81,15 +92,38 @@ METHODS = {
         MethodCase(
             name="ovor",
             options={"lengths": [4, 6]},
-            models=(
-                "transformers-clip",
-                "transformers-siglip",
-                "transformers-vit",
-                "open_clip-vit",
-                "timm-vit",
-            ),
+            models=VISION_TRANSFORMERS,
             prefix="one_prompt_",
             starts_as_base=False,  # prompts are keys and values of their own
+            merges=False,
+        ),
+        MethodCase(
+            name="l2p",
+            options={"pool_size": 4, "length": 2, "chosen": 4},
+            models=VISION_TRANSFORMERS,
+            starts_as_base=False,
+            merges=False,
+            from_terms=("l2p_keys",),
+        ),
+        MethodCase(
+            name="dual_prompt",
+            options={
+                "general_length": 4,
+                "general_blocks": [0],
+                "expert_length": 6,
+                "expert_blocks": [1],
+                "tasks": 2,
+            },
+            models=VISION_TRANSFORMERS,
+            starts_as_base=False,
+            merges=False,
+            from_terms=("dual_prompt_keys",),
+        ),
+        MethodCase(
+            name="coda_prompt",
+            options={"pool_size": 4, "length": 4, "prompt_blocks": [0, 1], "tasks": 2},
+            models=VISION_TRANSFORMERS,
+            starts_as_base=False,
             merges=False,
         ),
     )
