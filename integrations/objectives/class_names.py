@@ -44,8 +44,8 @@ class ClassNameClassifier(nn.Module):
 
     Raises:
         ValueError: empty or repeated class names, a template without `{}`; when called, labels out
-            of range, a text that is longer than the model takes, or one in which prompts would
-            take the place of the class name.
+            of range, a text that is longer than the model takes, one in which prompts would take
+            the place of the class name, or features of another list of classes.
         TypeError: when called, a model without an image and a text tower.
 
     Example:
@@ -193,8 +193,15 @@ class ClassNameClassifier(nn.Module):
 
     def class_means(self, text_features: torch.Tensor) -> torch.Tensor:
         """Return the mean over templates of text features, of length one: (T·C, D) to (C, D)."""
-        if text_features.shape[0] == len(self.class_names):
+        count, classes, templates = len(text_features), len(self.class_names), len(self.templates)
+        if count == classes:
             return F.normalize(text_features, dim=-1)
+        if count != templates * classes:
+            raise ValueError(
+                f"there are features of {count} texts for {classes} class names in {templates} "
+                "templates: they belong to another list of classes; compute them anew with "
+                "class_features(model)"
+            )
         means = text_features.unflatten(0, (len(self.templates), -1)).mean(0)
         return F.normalize(means, dim=-1)
 

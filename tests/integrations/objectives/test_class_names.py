@@ -131,6 +131,15 @@ def test_given_class_features_are_the_features_of_the_texts() -> None:
     assert output["features"]["text"] is given
 
 
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_features_of_other_classes_are_named(count: int) -> None:
+    model, tokenizer = clip()
+    objective = ClassNameClassifier(NAMES, tokenizer, TEMPLATES)
+    given = torch.randn(count, 24)
+    with pytest.raises(ValueError, match=f"features of {count} texts for 4 class names in 2"):
+        objective(model, pictures(), class_features=given)
+
+
 def test_class_lists_are_swapped() -> None:
     model, tokenizer = clip()
     objective = ClassNameClassifier(NAMES, tokenizer, TEMPLATES)
