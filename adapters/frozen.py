@@ -1,4 +1,4 @@
-"""The frozen model: the adapted model with its adapter switched off, never a second copy."""
+"""The frozen model, and the model as it was: the same model with other adapters, never a copy."""
 
 from __future__ import annotations
 
@@ -49,6 +49,49 @@ def frozen_base(model: nn.Module) -> Iterator[None]:
         for module in training:
             module.training = False
         yield
+
+
+@contextmanager
+def as_adapter(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Let a model compute what it does with another adapter: evaluation mode, no gradients.
+
+    Unlike PEFT's `set_adapter` this leaves `requires_grad` alone, so that it can stand inside a
+    training step.
+
+    Args:
+        model: a model with an adapter of that name, of any PEFT method that is not prompt learning.
+        adapter_name: its name.
+
+    Raises:
+        ValueError: no layer of the model has it.
+
+    Example:
+        >>> with as_adapter(model, "previous"):
+        ...     previous_logits = model(**batch).logits
+    """
+    modules = list(model.modules())
+    layers = [m for m in modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    if not any(_has_adapter(layer, adapter_name) for layer in layers):
+        raise ValueError(f"no layer of the {type(model).__name__} has an adapter {adapter_name!r}")
+    active = [(layer, layer._active_adapter) for layer in layers]
+    training = [module for module in modules if module.training]
+    with torch.no_grad():
+        try:
+            for layer in layers:
+                layer._active_adapter = [adapter_name]
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for layer, names in active:
+                layer._active_adapter = names
+            _set([], training)
+
+
+def _has_adapter(layer: Any, adapter_name: str) -> bool:
+    if isinstance(layer, BaseTunerLayer):
+        return adapter_name in layer._get_available_adapters()
+    return adapter_name in getattr(layer, "modules_to_save", ())
 
 
 def _set(switched: Sequence[Any], training: Sequence[nn.Module]) -> None:

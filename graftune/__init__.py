@@ -20,8 +20,10 @@ from graftune.adapters import (
     SaraConfig,
 )
 from graftune.adapters.checkpoint import AdapterMismatchError
+from graftune.adapters.classifier import grow_classifier, mask_classes
 from graftune.adapters.prompt_pools import start_task
 from graftune.adapters.regularizers import (
+    ElasticWeightConsolidation,
     FrozenDistillation,
     GaussianAveraging,
     GradientDropout,
@@ -29,6 +31,7 @@ from graftune.adapters.regularizers import (
     L2ToStart,
     MaskNorm,
     NuclearNorm,
+    PreviousDistillation,
     ProgressiveRelease,
     PromptOrthogonality,
     Regularization,
@@ -63,6 +66,7 @@ __all__ = [
     "DeepPromptConfig",
     "Denoising",
     "DualPromptConfig",
+    "ElasticWeightConsolidation",
     "FloraConfig",
     "FrozenDistillation",
     "GaussianAveraging",
@@ -75,6 +79,7 @@ __all__ = [
     "MaskTuningConfig",
     "NuclearNorm",
     "OnePromptConfig",
+    "PreviousDistillation",
     "ProgressiveRelease",
     "PromptOrthogonality",
     "Recipe",
@@ -85,8 +90,10 @@ __all__ = [
     "Trainer",
     "TrainerMixin",
     "VirtualOutliers",
+    "grow_classifier",
     "last_checkpoint",
     "load",
+    "mask_classes",
     "outlier_loss",
     "recipes",
     "start_task",

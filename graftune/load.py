@@ -10,6 +10,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from graftune.adapters.checkpoint import check_fits
+from graftune.adapters.classifier import fit_classifier
 from graftune.adapters.config import GraftConfig
 from graftune.adapters.folder import read_config, read_shapes
 from graftune.adapters.messages import listing, nearest
@@ -80,6 +81,7 @@ def load(
             base.load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **peft_options)
             model = base
         else:
+            fit_classifier(base, getattr(config, "modules_to_save", None) or (), shapes)
             model = PeftModel.from_pretrained(
                 base,
                 str(folder),

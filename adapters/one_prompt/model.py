@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..prefixes import PrefixTuner
-from ..prefixes.model import attention_width, base_attention, block_number
+from ..prefixes.model import attention_width, base_module, block_number
 from .layer import OnePromptLayer
 
 
@@ -48,7 +48,7 @@ class OnePromptModel(PrefixTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        attention = base_attention(target)
+        attention = base_module(target)
         layer = getattr(attention, self.child, None)
         if layer is None:
             layer = OnePromptLayer()

@@ -104,7 +104,7 @@ class PrefixLayer(HookedLayer):
 
     # An `nn.MultiheadAttention`.
 
-    def _lend(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _lend(self, module: Any, args: Any, kwargs: Any) -> None:
         self._take_back(module)  # what a call that failed has left
         self._now = self.prefix()
         if self._now is None:

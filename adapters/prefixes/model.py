@@ -41,8 +41,8 @@ def block_number(config: PrefixConfig, key: str) -> int:
     return int(inner.partition(".")[0])
 
 
-def base_attention(target: nn.Module) -> nn.Module:
-    """Return an attention without the tuner layers around it."""
+def base_module(target: nn.Module) -> nn.Module:
+    """Return a module without the tuner layers around it."""
     base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     return base
 
@@ -59,7 +59,7 @@ def attention_width(config: PrefixConfig, key: str, attention: nn.Module) -> int
         return attention.embed_dim
     widths = []
     for name in config.projections or ():
-        module = base_attention(check_module(attention, "projections", name))
+        module = base_module(check_module(attention, "projections", name))
         widths.append(getattr(module, "out_features", None))
     if len(widths) == 1 and widths[0] is not None and widths[0] % 3 == 0:
         return widths[0] // 3

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..hooked import check_module
 from ..prefixes import PrefixTuner
-from ..prefixes.model import base_attention
+from ..prefixes.model import base_module
 from .query import Query, find_query
 
 _PLACES = ("tower", "entry", "query")
@@ -35,7 +34,7 @@ class PoolTuner(PrefixTuner):
 
     def layer_of(self, config: Any, target: nn.Module) -> Any:
         """Return the layer in an attention, one that was just hooked in if there was none."""
-        attention = base_attention(target)
+        attention = base_module(target)
         layer: Any = getattr(attention, self.child, None)
         if layer is None:
             layer = self.tuner_layer_cls()
@@ -65,5 +64,5 @@ def query_width(config: Any, attention: nn.Module) -> int:
     if isinstance(attention, nn.MultiheadAttention):
         return attention.embed_dim
     projection: Any = attention.get_submodule(config.projections[0])
-    base = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
+    base: Any = base_module(projection)
     return base.in_features

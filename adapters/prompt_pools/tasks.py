@@ -31,10 +31,11 @@ def start_task(model: nn.Module, task: int, adapter_name: str | None = None) -> 
     peft_model: Any = model
     name = adapter_name or peft_model.active_adapter
     config = peft_model.peft_config[name]
-    if not isinstance(config, TaskPoolConfig):
-        return
-    config.check_task(task)
-    config.task = task
+    configs = [c for c in getattr(config, "parts", [config]) if isinstance(c, TaskPoolConfig)]
+    for each in configs:
+        each.check_task(task)
+    for each in configs:
+        each.task = task
     for module in model.modules():
         if isinstance(module, PoolLayer) and name in module.tasks:
             module.tasks[name] = task

@@ -4,6 +4,7 @@ They work with any PEFT adapter, graftune's or PEFT's own, and own no weights th
 """
 
 from .base import Gradients, Need, Regularizer, Run, Step, regularizer
+from .ewc import ElasticWeightConsolidation, diagonal_fisher
 from .frozen_distillation import FrozenDistillation
 from .gaussian_averaging import GaussianAveraging, gaussian_weights
 from .gradient_dropout import GradientDropout, gradient_dropout
@@ -13,6 +14,7 @@ from .nuclear import nuclear_norm_and_gradient
 from .nuclear_norm import NuclearNorm
 from .outlier_regularizer import VirtualOutliers
 from .outliers import outlier_loss, virtual_outliers
+from .previous_distillation import PreviousDistillation
 from .progressive_release import ProgressiveRelease
 from .prompt_pool import KeyMatching, PromptOrthogonality
 from .recording import record, recorded
@@ -20,6 +22,7 @@ from .self_regulation import SelfRegulation, self_regulation_loss
 from .session import Regularization
 
 __all__ = [
+    "ElasticWeightConsolidation",
     "FrozenDistillation",
     "GaussianAveraging",
     "GradientDropout",
@@ -29,6 +32,7 @@ __all__ = [
     "MaskNorm",
     "Need",
     "NuclearNorm",
+    "PreviousDistillation",
     "ProgressiveRelease",
     "PromptOrthogonality",
     "Regularization",
@@ -37,6 +41,7 @@ __all__ = [
     "SelfRegulation",
     "Step",
     "VirtualOutliers",
+    "diagonal_fisher",
     "gaussian_weights",
     "gradient_dropout",
     "mask_norm",

@@ -65,7 +65,7 @@ class FrozenDistillation(Regularizer):
         assert step.frozen is not None
         if self.of == "features":
             return {
-                f"frozen_distillation_{name}": self.weight * mean
+                f"{self.name}_{name}": self.weight * mean
                 for name, mean in _feature_distances(step).items()
             }
         if self.of == "logits":
@@ -73,7 +73,7 @@ class FrozenDistillation(Regularizer):
         else:
             frozen_outputs = _of(step.frozen, "logits")
             mean = _mean(step, squared_distance(_of(step.outputs, "logits"), frozen_outputs))
-        return {"frozen_distillation": self.weight * mean}
+        return {self.name: self.weight * mean}
 
 
 def frozen_divergence(step: Step, temperature: float, asked_by: str) -> Tensor:
