@@ -110,7 +110,8 @@ class WeightTuner(GraftTuner):
         for path, outer in list(model.named_modules()):
             if not isinstance(outer, self.parameter_layer_cls):
                 continue
-            base: Any = outer.base_layer
+            layer: Any = outer
+            base = layer.base_layer
             for name, module in list(base.named_modules(prefix=f"{path}.base_layer")):
                 key, (parent_path, _, child_name) = without_base_layers(name), name.rpartition(".")
                 if module is base or child_name == "base_layer":

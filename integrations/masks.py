@@ -54,7 +54,7 @@ def fill_mask_config(config: MaskTuningConfig, model: nn.Module) -> None:
             f"targets={targets!r} means other modules of this model than `target_modules`: give "
             "one of the two"
         )
-    config.targets, config.target_modules = targets, found
+    config.targets, config.target_modules = targets, found  # type: ignore[assignment]
 
 
 def _resolve(targets: list[str] | str, model: nn.Module) -> set[str] | str:

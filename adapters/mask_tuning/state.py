@@ -40,13 +40,14 @@ def encoded(
         ValueError: the selection is pending, or scores are NaN.
     """
     places = _places(model, adapter)
-    is_empty = any(tensor.is_meta for tensor in tensors.values())
-    if not is_empty and any(layer.pending[adapter] for layer, _ in places.values()):
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return dict(tensors)  # without values, to be loaded yet: there are no masks to encode
+    if any(layer.pending[adapter] for layer, _ in places.values()):
         raise ValueError(selection_pending([adapter], "saving"))
     broken = [
         name
         for name, tensor in tensors.items()
-        if f".{SCORES}." in name and not tensor.is_meta and torch.isnan(tensor).any()
+        if f".{SCORES}." in name and torch.isnan(tensor).any()
     ]
     if broken:
         raise ValueError(
@@ -59,14 +60,10 @@ def encoded(
     for name, tensor in tensors.items():
         if f".{SCORES}." in name:
             layer, parameter = places[_without_wrappers(name)]
-            bits = name.replace(f".{SCORES}.", f".{BITS}.")
-            if tensor.is_meta:  # to be loaded yet: only its name means something
-                result[bits] = tensor
-                continue
             index = layer.scores(adapter, parameter)[1]
             shape = layer.full_shape(parameter)
             mask = mask_of(tensor, config.threshold, shape, index)
-            result[bits] = encode_mask(mask)
+            result[name.replace(f".{SCORES}.", f".{BITS}.")] = encode_mask(mask)
         elif f".{INDEX}." not in name:
             result[name] = tensor
     return result

@@ -33,7 +33,7 @@ def shapes_at(
         _check_claimed_once(config, key, module, parameter)
         return _shape(config, key, module, parameter)
     if isinstance(module, nn.MultiheadAttention):
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name in projection_names(module):
             shapes |= _shape(config, key, module, name)
         out_proj: nn.Module = module.out_proj

@@ -57,7 +57,8 @@ class SelectingTrainer(SomeTrainer):
     def _task_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         inputs = self._prepare_inputs(batch)
         with self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs)
+            loss: Any = self.compute_loss(model, inputs)
+        return loss
 
 
 class _Select(TrainerCallback):

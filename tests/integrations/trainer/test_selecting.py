@@ -84,3 +84,15 @@ def test_the_best_checkpoint_and_an_adapter_s_folder_are_read_alike(tmp_path: Pa
         masks.append(mask_tuning.export_released(loaded))
         base = loaded.unload()
     assert masks[0] == masks[1]
+
+
+@pytest.mark.slow
+def test_two_processes_select_the_same_weights(tmp_path: Path) -> None:
+    options = {**RUN, "fraction": 0.2, "per_device_train_batch_size": 2}
+    succeed(go_on, tmp_path / "whole", None, options, processes=2)
+    codes = launch(go_on, tmp_path / "killed", ("gradient", 2, 1), options, processes=2)
+    assert codes[1] == -signal.SIGKILL
+    succeed(go_on, tmp_path / "killed", None, options, processes=2)
+    whole, killed = (scores(tmp_path / name) for name in ("whole", "killed"))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, killed[name]), name

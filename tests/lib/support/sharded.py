@@ -19,6 +19,7 @@ from support.training import adapted, arguments, sentences
 # Method, and whether its blocks are sharded on their own: what only the outermost module shards is
 # whole from the forward pass to the backward pass.
 VARIANTS = {"flora": ("flora", True), "lora": ("lora", True), "flora at once": ("flora", False)}
+VARIANTS |= {"lora and masks": ("stack", True), "masks": ("mask_tuning", True)}
 
 
 def regularizers() -> list[Any]:
