@@ -74,7 +74,7 @@ def _pool(tower: Any) -> str:
 def _ends(tower: Any, text: torch.Tensor) -> torch.Tensor:
     """The position of each text's end, where the tower takes its feature: (T, length) to (T,)."""
     if _pool(tower) == "eos":
-        end = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+        end: int = tower.text_eos_id if hasattr(tower, "text_eos_id") else tower.eos_id
         return (text == end).int().argmax(dim=-1)
     return text.argmax(dim=-1)
 

@@ -90,7 +90,8 @@ class TrainerMixin(
         Python because DDP's wrapper held it, would be aborted at times by gloo's threads.
         """
         self.accelerator.wait_for_everyone()
-        self.model_wrapped = self.model
+        model: Any = self.model
+        self.model_wrapped = model
         self.accelerator.free_memory()
         super().end()
 
