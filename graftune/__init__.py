@@ -41,6 +41,7 @@ from graftune.adapters.regularizers import (
     outlier_loss,
     virtual_outliers,
 )
+from graftune.adapters.stack import StackConfig
 from graftune.adapters.tuner import BaseModelMismatchError
 from graftune.load import load
 from graftune.recipes import Recipe, recipes
@@ -87,6 +88,7 @@ __all__ = [
     "Regularizer",
     "SaraConfig",
     "SelfRegulation",
+    "StackConfig",
     "Trainer",
     "TrainerMixin",
     "VirtualOutliers",

@@ -38,8 +38,12 @@ _NOT_FOR_USERS = frozenset(
 )
 
 
+# Fields that are about the model or the whole run, and are set in all methods that have them.
+_OF_ALL = frozenset({"modules_to_save", "revision", "task_type"})
+
+
 def method_configs(methods: Sequence[Method], overrides: Mapping[str, Any]) -> list[PeftConfig]:
-    """Return a new config for each method, with the overrides set in the one that has the field.
+    """Return a new config for each method, with overrides set in the one that has such a field.
 
     Args:
         methods: recipes' names or PEFT configs.
@@ -62,13 +66,14 @@ def method_configs(methods: Sequence[Method], overrides: Mapping[str, Any]) -> l
                 f"{classes} has no field {name!r}.{nearest(name, every)} Fields: "
                 f"{listing(every, most=40)}."
             )
-        if len(owners) > 1:
+        if len(owners) > 1 and name not in _OF_ALL:
             classes = listing(found[place][0].__name__ for place in owners)
             raise ValueError(
                 f"{name!r} is a field of {classes}: say whose it is, by giving config objects in "
                 "the list of methods"
             )
-        found[owners[0]][1][name] = value
+        for owner in owners:
+            found[owner][1][name] = value
     return [config_cls(**values) for config_cls, values in found]
 
 

@@ -37,7 +37,7 @@ class StackConfig(GraftConfig):
         >>> StackConfig(parts=[LoraConfig(target_modules=["q_proj"]), FloraConfig(r=4)])
     """
 
-    about = "Several methods on one model, trained jointly or one after the other."
+    about = "Several methods on one model."
 
     parts: list[Any] = field(
         default_factory=list, metadata={"help": "Configs of the methods, in their order."}

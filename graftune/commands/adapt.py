@@ -29,12 +29,12 @@ def check_method(options: TrainOptions) -> None:
         UsageError: an unknown method or field; the nearest is named.
         ValueError: an unknown regularizer or setting.
     """
-    config_fields = dataclasses.fields(config_class(options.recipe))
-    fields = {f.name for f in config_fields if f.init} - NO_SETTINGS
+    classes = [config_class(method) for method in options.methods]
+    fields = {f.name for cls in classes for f in dataclasses.fields(cls) if f.init} - NO_SETTINGS
     for name in options.adapter_fields:
         if name not in fields:
             raise UsageError(
-                f"the adapter of {options.recipe!r} has no field {name!r}.{nearest(name, fields)} "
+                f"the adapter of {options.method!r} has no field {name!r}.{nearest(name, fields)} "
                 f"Fields: {listing(sorted(fields), most=40)}."
             )
     for given in options.given_regularizers or ():
@@ -71,19 +71,23 @@ def adapt(base: BaseModel, options: TrainOptions) -> PeftModel:
     if base.new_head is not None:
         others = fields.get("modules_to_save") or []
         fields["modules_to_save"] = [*others, base.new_head]
-    if options.recipe in recipes():
-        method: str | PeftConfig = options.recipe
-    else:
-        method, fields = config_class(options.recipe)(**fields), {}
-        if method.is_prompt_learning and recognise(base.model).task_type is None:
-            raise UsageError(
-                f"{options.recipe!r} puts prompts before the input of a language model, and "
-                f"{type(base.model).__name__} is none; choose another recipe"
-            )
     return wrap(
         base.model,
-        method,
+        [_method(name, base) for name in options.methods],
         regularizers=options.given_regularizers,
         tokenizer=base.tokenizer,
         **fields,
     )
+
+
+def _method(name: str, base: BaseModel) -> str | PeftConfig:
+    """A recipe by its name, or the config of a method of PEFT."""
+    if name in recipes():
+        return name
+    method = config_class(name)()
+    if method.is_prompt_learning and recognise(base.model).task_type is None:
+        raise UsageError(
+            f"{name!r} puts prompts before the input of a language model, and "
+            f"{type(base.model).__name__} is none; choose another recipe"
+        )
+    return method

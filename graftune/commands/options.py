@@ -88,7 +88,13 @@ class TaskOptions:
 class TrainOptions(TaskOptions, DataOptions, ModelOptions):
     """What `graftune train` takes beside transformers' training arguments."""
 
-    recipe: str = option("flora", "What is trained: a recipe of graftune, or a method of PEFT.")
+    recipe: list[Any] | str | None = field(
+        default="flora",
+        metadata={
+            "help": "What is trained: a recipe of graftune, a method of PEFT, or a list of them, "
+            "such as [promptsrc, mask_tuning], on one model."
+        },
+    )
     adapter: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -132,6 +138,8 @@ class TrainOptions(TaskOptions, DataOptions, ModelOptions):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.recipe, str):
+            self.recipe = parse_value(self.recipe)
         self.adapter = _structured("adapter", self.adapter, dict, "a mapping such as {r: 8}")
         example = "a list such as [{name: l2_to_start, weight: 0.1}]"
         self.regularizers = _structured("regularizers", self.regularizers, list, example)
@@ -144,6 +152,16 @@ class TrainOptions(TaskOptions, DataOptions, ModelOptions):
             raise UsageError(f"first_epoch_rate is {self.first_epoch_rate}; it is greater than 0")
 
     @property
+    def methods(self) -> list[str]:
+        """The recipes and methods of PEFT that are trained."""
+        return [str(each) for each in _listed(self.recipe)]
+
+    @property
+    def method(self) -> str:
+        """What is trained, in one name."""
+        return " + ".join(self.methods)
+
+    @property
     def adapter_fields(self) -> dict[str, Any]:
         """The given fields of the adapter's config."""
         return self.adapter if isinstance(self.adapter, dict) else {}
@@ -152,6 +170,10 @@ class TrainOptions(TaskOptions, DataOptions, ModelOptions):
     def given_regularizers(self) -> list[Any] | None:
         """The given regularizers; None where the recipe's own are to be taken."""
         return self.regularizers if isinstance(self.regularizers, list) else None
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _structured(name: str, value: Any, kind: type, example: str) -> Any:

@@ -223,7 +223,7 @@ def _write(result: ProtocolResult, options: ProtocolOptions, folder: Path) -> No
     file = folder / f"{result.protocol}.json"
     content = {
         "model": options.model,
-        "recipe": options.recipe,
+        "recipe": options.method,
         "adapter": options.adapter_fields,
         "regularizers": options.given_regularizers,
         "template": options.template,

@@ -76,7 +76,7 @@ def write_outcome(outcome: Outcome, folder: Path, adapter: Path) -> TrainingReco
     record = training_record(outcome)
     write_record(adapter, record)
     write_json(results(outcome, record, adapter), folder / "results.json")
-    title = f"{outcome.options.recipe} on {short_name(str(outcome.options.model))}"
+    title = f"{outcome.options.method} on {short_name(str(outcome.options.model))}"
     draw(history(outcome), folder / "curves.png", title)
     return record
 
@@ -132,7 +132,7 @@ def training_record(outcome: Outcome) -> TrainingRecord:
     regularizers = outcome.trainer.regularization.regularizers
     given = args.to_dict()
     return TrainingRecord(
-        method=outcome.options.recipe,
+        method=outcome.options.method,
         regularizers=[regularizer.to_dict() for regularizer in regularizers],
         objective=task.settings,
         task=HUB_TASKS[task.settings["name"]],

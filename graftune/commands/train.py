@@ -141,7 +141,7 @@ def _announce(
     checkpoint: Path | None,
 ) -> None:
     trained, total = model.get_nb_trainable_parameters()
-    say(f"{options.recipe} on {options.model}: {trained:,} of {total:,} parameters are trained")
+    say(f"{options.method} on {options.model}: {trained:,} of {total:,} parameters are trained")
     names = "; ".join(measurement.name for measurement in task.measurements) or "nothing"
     say(f"Training on {len(task.train)} rows by {task.settings['name']}; measuring on {names}")
     if task.base.new_head is not None:

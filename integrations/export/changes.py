@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from graftune.adapters.flora import FloraLayer
 from graftune.adapters.flora.functional import tucker_weight
+from graftune.adapters.stack import StackConfig, merge_order
 
 from .low_rank import LowRank
 from .places import check_readable, has_adapter, join, method_name, walk
@@ -68,6 +69,8 @@ def changes(model: PeftModel, adapter: str) -> Iterator[Change]:
     """
     done: list[str] = []
     seen: set[int] = set()
+    # Of several methods' layers around one weight only the merged weight says what they do.
+    stacked = isinstance(model.peft_config[adapter], StackConfig)
     for name, layer, _ in walk(model.get_base_model()):
         if id(layer) in seen or any(name.startswith(f"{other}.") for other in done):
             continue
@@ -76,9 +79,9 @@ def changes(model: PeftModel, adapter: str) -> Iterator[Change]:
             has_adapter(inner, adapter) for inner in layer.modules()
         ):
             continue
-        if isinstance(layer, FloraLayer):
+        if isinstance(layer, FloraLayer) and not stacked:
             yield from _of_flora(name, layer, adapter)
-        elif _is_plain_lora(layer, adapter):
+        elif _is_plain_lora(layer, adapter) and not stacked:
             yield _of_lora(name, layer, adapter)
         else:
             done.append(name)
@@ -157,10 +160,10 @@ def _merged_copy(layer: nn.Module, tensors: list[Tensor], adapter: str, method: 
         for tensor in tensors
     }
     merged = copy.deepcopy(layer, copies)
-    for inner in list(merged.modules()):
+    for inner in merge_order(merged):
         if has_adapter(inner, adapter):
             try:
-                inner.merge(adapter_names=[adapter])  # type: ignore[operator]
+                inner.merge(adapter_names=[adapter])
             except NotImplementedError as error:
                 raise ValueError(
                     f"{method} cannot be merged into {type(layer).__name__} layers, so it has no "

@@ -144,6 +144,8 @@ def _base_id(facts: AdapterFacts, local: ModelCard) -> str | None:
 
 def _tags(facts: AdapterFacts, cards: list[ModelCard]) -> list[str]:
     tags = ["graftune", facts.method.lower()]
+    if facts.method == "STACK":
+        tags += facts.settings  # its methods
     if facts.base_id:
         tags.append(f"{_BASE_TAG}{facts.base_id}")
     for card in cards:

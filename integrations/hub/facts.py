@@ -16,6 +16,8 @@ from graftune.adapters.config import GraftConfig
 from graftune.adapters.folder import check_files, open_tensors, read_config
 from graftune.adapters.mask_tuning import is_stored_mask
 from graftune.adapters.mask_tuning.coding import mask_shape
+from graftune.adapters.stack import StackConfig
+from graftune.adapters.stack.config import method_of
 
 # Fields of a config that say nothing about the method, or are shown by themselves.
 BOOKKEEPING = frozenset(
@@ -38,8 +40,10 @@ class AdapterFacts:
 
     Args:
         method: PEFT's name of the method, for example "FLORA".
-        about: a sentence on the method and its paper; empty for PEFT's own methods.
-        settings: the config fields that differ from the method's defaults.
+        about: a sentence on the method and its paper, or on each of several methods; empty for
+            PEFT's own.
+        settings: the config fields that differ from the method's defaults; of several methods, by
+            their names.
         base_model: name or path of the base model as recorded, or None.
         base_id: its repository id on the Hub, or None when it is a path or was not recorded.
         base_revision: its revision, or None.
@@ -118,7 +122,7 @@ def describe(folder: str | Path) -> AdapterFacts:
         dtypes = tuple(sorted({part.get_dtype() for part in slices.values()}))
     return AdapterFacts(
         method=_name(config.peft_type) or "",
-        about=getattr(config, "about", ""),
+        about=_about(config),
         settings=_settings(config),
         base_model=base_model,
         base_id=base_model if is_repo_id(base_model) else None,
@@ -133,8 +137,15 @@ def describe(folder: str | Path) -> AdapterFacts:
     )
 
 
+def _about(config: PeftConfig) -> str:
+    parts = config.parts if isinstance(config, StackConfig) else []
+    return " ".join(filter(None, (getattr(each, "about", "") for each in [config, *parts])))
+
+
 def _settings(config: PeftConfig) -> dict[str, Any]:
     """The fields of a config that are not as the method's defaults have them."""
+    if isinstance(config, StackConfig):
+        return {method_of(part): _settings(part) for part in config.parts}
     defaults = type(config)().to_dict()
     return {
         name: sorted(value) if isinstance(value, set) else value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -26,7 +28,12 @@ def whole_state_dict(model: PeftModel) -> dict[str, Tensor]:
     """
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     # Adapters that are not the active one are frozen, and still part of what is saved.
-    marks = [getattr(model.base_model, "prefix", None) or "modules_to_save.", "modules_to_save."]
+    tuner: Any = model.base_model
+    tuners = getattr(tuner, "tuners", [tuner])  # of several methods, or the one there is
+    marks = [
+        "modules_to_save.",
+        *(getattr(t, "prefix", None) or "modules_to_save." for t in tuners),
+    ]
     state = {}
     for name, tensor in model.state_dict().items():
         if not is_sharded(tensor):

@@ -326,3 +326,26 @@ def test_a_missing_library_of_the_model_names_its_extra(
     monkeypatch.setitem(sys.modules, "open_clip", None)
     said = fails("train", make_recipe(model="open_clip:ViT-B-32", data=pictures))
     assert "pip install 'graftune[open-clip]'" in said
+
+
+def test_several_methods_on_one_model(
+    clip: str, pictures: str, run: Any, make_recipe: Make, tmp_path: Path
+) -> None:
+    file = make_recipe(
+        model=clip,
+        data=pictures,
+        template="a picture of {}",
+        recipe=["lora", "mask_tuning"],
+        adapter={"r": 2, "targets": "attention+mlp"},
+    )
+    said = run("train", file)
+    assert "lora + mask_tuning on" in said
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert [part["peft_type"] for part in config["parts"]] == ["LORA", "MASK_TUNING"]
+    assert config["parts"][0]["r"] == 2
+    shown = run("inspect", tmp_path / "out" / "adapter")
+    assert "mask_norm" in shown
+    assert "lora + mask_tuning" in shown
+    run("eval", tmp_path / "out" / "adapter", "--data", pictures, "--use_cpu")
+    run("merge", tmp_path / "out" / "adapter", "--output", tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()

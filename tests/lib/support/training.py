@@ -126,7 +126,8 @@ def adapted(method: str, model: str = "transformers-clip", **options: Any) -> An
             num_tokens_text=1, num_tokens_vision=1, depth_text=1, depth_vision=2, init_text=None
         )
         lora = LoraConfig(r=4, lora_dropout=options["dropout"], target_modules="all-linear")
-        config, options = [prompts, lora, "mask_tuning"], {}
+        with_prompts = [prompts] if model == "transformers-clip" else []
+        config, options = [*with_prompts, lora, "mask_tuning"], {}
     return graftune.wrap(MODELS[model].build(), config, **options)
 
 
