@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..feature_cache import FeatureCache, places
 from ..layer_types import parameter_shape
 from ..substitute import call_with
 from .config import MaskTuningConfig
@@ -24,7 +25,9 @@ class MaskTuningLayer(nn.Module, MaskMerging, BaseTunerLayer):
     The scores of an adapter are `mask_tuning_scores[adapter][parameter]`; where only a share of a
     weight has scores, their places are `mask_tuning_index[adapter][parameter]`. Several active
     adapters keep a weight if all of them do. Nothing is left on the module: each call substitutes
-    the masked weights for its duration; whoever reads one from outside gets it masked as well.
+    the masked weights for its duration; whoever reads one from outside gets it masked as well. In
+    evaluation, without gradients, a masked weight is kept until a mask or the weight changes,
+    unless an adapter was made to `recompute`.
 
     Args:
         base_layer: the module, possibly inside other tuner layers.
@@ -66,6 +69,7 @@ class MaskTuningLayer(nn.Module, MaskMerging, BaseTunerLayer):
         self.merged_adapters = []
         self._active_adapter = adapter_name
         self._removed: list[dict[str, tuple[Tensor, Tensor]]] = []  # places and values, by merge
+        self._evaluated: dict[str, FeatureCache] = {}  # masked weights, by parameter
         parameters = list(parameters)
         self.in_features, self.out_features = _features(self.get_base_layer(), parameters[0])
         self.training = base_layer.training
@@ -205,11 +209,29 @@ class MaskTuningLayer(nn.Module, MaskMerging, BaseTunerLayer):
         prefix, layer = "", self.base_layer
         while isinstance(layer, BaseTunerLayer):  # another method's, between this and the base
             prefix, layer = f"{prefix}base_layer.", layer.base_layer  # type: ignore[attr-defined]
+        kept = self._may_keep(adapters)
+        if not kept:
+            self._evaluated.clear()
         masked = {
-            f"{prefix}{name}": self.effective(name, adapters)
+            f"{prefix}{name}": (self._kept if kept else self.effective)(name, adapters)
             for name in self.adapted_names(adapters)
         }
         return call_with(self.base_layer, masked, args, kwargs)
+
+    def _may_keep(self, adapters: Sequence[str]) -> bool:
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        return not any(self.recompute[adapter] for adapter in adapters)
+
+    def _kept(self, name: str, adapters: Sequence[str]) -> Tensor:
+        """Return what `effective` does, computed once for as long as nothing of it changes."""
+        tensors = [getattr(self.get_base_layer(), name)]
+        for adapter in adapters:
+            if self.adapts(name, adapter):
+                tensors += [tensor for tensor in self.scores(adapter, name) if tensor is not None]
+        cache = self._evaluated.setdefault(name, FeatureCache())
+        state = (*adapters, *places(tensors))
+        return cache.get(self, state, lambda: self.effective(name, adapters))
 
     def effective(self, name: str, adapters: Sequence[str]) -> Tensor:
         """Return a base tensor masked by the given adapters, with gradients to their scores."""

@@ -221,6 +221,51 @@ def test_recomputing_keeps_no_masked_weight(
 # A share of the weights.
 
 
+def test_a_masked_weight_is_kept_in_evaluation_until_something_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, layer = adapt(nn.Linear(6, 5), init_weights=False)
+    computed: list[str] = []
+    effective = layer.effective
+
+    def counted(name: str, adapters: Any) -> Tensor:
+        computed.append(name)
+        return effective(name, adapters)
+
+    monkeypatch.setattr(layer, "effective", counted)
+    x = torch.randn(2, 6)
+    scores: Any = layer.mask_tuning_scores["default"]["weight"]  # type: ignore[index]
+
+    def changes() -> int:
+        """How often the weight was masked for two calls, which give what the layer computes."""
+        computed.clear()
+        with torch.no_grad():
+            outputs = [model(x), model(x)]
+        mask = scores > layer.threshold["default"]
+        base = layer.get_base_layer()
+        expected = F.linear(x, base.weight * mask, base.bias)
+        assert all(torch.equal(output, expected) for output in outputs)
+        return len(computed)
+
+    model.eval()
+    assert [changes(), changes()] == [1, 0]
+    with torch.no_grad():
+        scores.neg_().add_(0.01)
+    assert changes() == 1
+    layer.set_scores("default", "weight", torch.rand(5, 6) * 0.01)
+    assert changes() == 1
+    with torch.no_grad():
+        layer.get_base_layer().weight.mul_(2)
+    assert changes() == 1
+    model(x).sum().backward()  # with gradients nothing is kept
+    assert not layer._evaluated
+    model.train()
+    assert changes() == 2
+    model.eval()
+    layer.recompute["default"] = True
+    assert changes() == 2
+
+
 def test_importance_is_the_gradient_of_the_scores() -> None:
     base, batches = mlp(), [torch.randn(3, 8) for _ in range(3)]
     whole = get_peft_model(copy.deepcopy(base), MaskTuningConfig(target_modules=["0"]))
