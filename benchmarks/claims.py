@@ -53,6 +53,7 @@ class Variant:
         after: a variant that is trained before, at its own rate, and then stays as it is: `wrap` is
             given its model.
         measure: what else to measure, given the trained model, its processor, seed and split.
+        arguments: of the trainer, other than the shared ones.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Variant:
     of: str | None = None
     after: Variant | None = None
     measure: Measure | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def trained(
         base, processor = load_clip()
     else:
         base, processor = trained(variant.after, rates, task, settings)
+        base.requires_grad_(False)  # an adapter that is frozen stays so under another
     set_seed(task.seed)
     model = variant.wrap(base, processor)
     with tempfile.TemporaryDirectory() as folder:
@@ -142,6 +145,7 @@ def trained(
                 report_to="none",
                 logging_strategy="no",
                 disable_tqdm=True,
+                **variant.arguments,
             ),
             objective=graftune.ClassNameClassifier(list(task.base_classes), processor, TEMPLATE),
             train_dataset=rows_of(task),
