@@ -9,14 +9,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..tuner import GraftTuner
+from ..hooked import HookedTuner, block_list, check_module
 from .config import TEXT_PLACES, VISION_PLACES, DeepPromptConfig
-from .layer import NO_MERGE, DeepPromptLayer
+from .layer import DeepPromptLayer
 
 CHILD = "deep_prompts"  # the name of the layer in the module that holds a tower's blocks
 
 
-class DeepPromptModel(GraftTuner):
+class DeepPromptModel(HookedTuner):
     """A CLIP with prompts in the blocks of its towers (arXiv 2307.06948, section 3.1).
 
     Args:
@@ -27,8 +27,8 @@ class DeepPromptModel(GraftTuner):
     """
 
     prefix = "deep_prompt_"
+    child = CHILD
     tuner_layer_cls = DeepPromptLayer
-    target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 (as PEFT declares it)
 
     @classmethod
     def adapter_shapes(
@@ -43,7 +43,7 @@ class DeepPromptModel(GraftTuner):
         is_text, name = _tower(config, key)
         depth = config.depth_text if is_text else config.depth_vision
         count = config.num_tokens_text if is_text else config.num_tokens_vision
-        blocks = _blocks(module, name)
+        blocks = block_list(getattr(module, name))
         if depth > len(blocks):
             which = "text" if is_text else "vision"
             raise ValueError(
@@ -61,12 +61,10 @@ class DeepPromptModel(GraftTuner):
                 "open_clip"
             )
         for name in (*TEXT_PLACES, *VISION_PLACES):
-            _check_place(model, config, name)
+            if getattr(config, name) is not None:
+                check_module(model, name, getattr(config, name))
         _check_ids(model, config)
         super()._check_targets(model, config)
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        return peft_config
 
     def _create_and_replace(
         self,
@@ -79,7 +77,7 @@ class DeepPromptModel(GraftTuner):
         parameter_name: str | None = None,
     ) -> None:
         is_text, name = _tower(peft_config, current_key)
-        blocks = _blocks(target, name)
+        blocks = block_list(getattr(target, name))
         layer = getattr(target, CHILD, None)
         if layer is None:
             place = peft_config.text_embedding if is_text else peft_config.vision_entry
@@ -93,26 +91,6 @@ class DeepPromptModel(GraftTuner):
             embedding = self.model.get_submodule(peft_config.text_embedding)
             tokens = _start_as_words(tokens, embedding, peft_config.init_token_ids)
         layer.update_layer(adapter_name, tokens, peft_config.inference_mode)
-
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(NO_MERGE)
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:
-        if merge:
-            self._check_merge_allowed()
-        for module in list(self.model.modules()):
-            layer = module._modules.get(CHILD)
-            if isinstance(layer, DeepPromptLayer):
-                layer.unhook()
-                del module._modules[CHILD]
-        unload: Any = super()._unload_and_optionally_merge
-        return unload(False, progressbar)
 
 
 def _tower(config: DeepPromptConfig, key: str) -> tuple[bool, str]:
@@ -128,13 +106,6 @@ def _common(first: str, second: str) -> str:
     """The name of the module that holds both."""
     pairs = zip(first.split("."), second.split("."), strict=False)
     return ".".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _blocks(module: nn.Module, name: str) -> nn.ModuleList | nn.Sequential:
-    blocks = getattr(module, name)
-    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or not len(blocks):
-        raise TypeError(f"blocks must be in a torch.nn.ModuleList, got {type(blocks).__name__}")
-    return blocks
 
 
 def _width(block: nn.Module) -> int:
@@ -159,18 +130,6 @@ def _start_as_words(tokens: Tensor, embedding: Any, ids: list[int]) -> Tensor:
 def _missing_places(config: DeepPromptConfig) -> list[str]:
     wanted = (TEXT_PLACES if config.has_text else ()) + (VISION_PLACES if config.has_vision else ())
     return [name for name in wanted if getattr(config, name) is None]
-
-
-def _check_place(model: nn.Module, config: DeepPromptConfig, field: str) -> None:
-    name = getattr(config, field)
-    if name is None:
-        return
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        raise ValueError(
-            f"`{field}` is {name!r}, and {type(model).__name__} has no module of that name"
-        ) from None
 
 
 def _check_ids(model: nn.Module, config: DeepPromptConfig) -> None:
