@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..layer_types import SUPPORTED
 from ..scaling import ScaledLayer
 from ..sparse_parts import SparsePart
 from ..substitute import call_with
@@ -65,6 +66,8 @@ class SaraLayer(nn.Module, ScaledLayer):
         self._active_adapter = adapter_name
         self._originals: dict[tuple[str, str], Tensor] = {}
         self._run = runner(base_layer)
+        if isinstance(base_layer, (*SUPPORTED, nn.MultiheadAttention)):
+            self.in_features, self.out_features = _in_out_features(base_layer)
         self.training = base_layer.training
         self.update_layer(adapter_name, config, places)
 
@@ -344,6 +347,17 @@ class SaraLayer(nn.Module, ScaledLayer):
 
     def __repr__(self) -> str:
         return f"sara.{super().__repr__()}"
+
+
+def _in_out_features(module: Any) -> tuple[int, int]:
+    """Return the sizes that PEFT asks of every layer of a usual type."""
+    if isinstance(module, nn.MultiheadAttention):
+        return module.embed_dim, 3 * module.embed_dim
+    for names in (("in_channels", "out_channels"), ("num_embeddings", "embedding_dim")):
+        if hasattr(module, names[0]):
+            return getattr(module, names[0]), getattr(module, names[1])
+    is_in_out = hasattr(module, "nx")  # transformers' Conv1D
+    return (module.nx, module.nf) if is_in_out else (module.in_features, module.out_features)
 
 
 def _noise_like(values: Tensor, weight: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from ..messages import listing
-from ..modules import is_target_parameter, without_base_layers
+from ..modules import base_modules, is_target_parameter
 from ..placing import WeightTuner
 from ..tuner import BaseModelMismatchError, enter_base_digest
 from . import stored
@@ -18,7 +20,7 @@ from .config import SaraConfig
 from .functional import count_below, cutoff_for, magnitude_of_rank, selected, tensor_seed
 from .layer import SaraLayer
 from .places import Places
-from .targets import is_target_module, may_own_target, target_tensors
+from .targets import COMPILED, is_excluded, is_target_module, target_tensors
 
 
 class SaraModel(WeightTuner):
@@ -40,6 +42,9 @@ class SaraModel(WeightTuner):
     tuner_layer_cls = SaraLayer
     parameter_layer_cls = SaraLayer
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 (as PEFT declares it)
+    _targets: Sequence[str] = ()  # names of the tensors of the adapter that is being attached
+    _done: set[str]  # and those of the modules that have it already
+    _owners: frozenset[str] = frozenset()  # names of the modules that get a layer
 
     # What is selected.
 
@@ -76,12 +81,6 @@ class SaraModel(WeightTuner):
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         )
-        adapted = {
-            without_base_layers(key)
-            for key, layer in model.named_modules()
-            if isinstance(layer, SaraLayer)
-        }
-        self.targeted_module_names = [n for n in self.targeted_module_names if n in adapted]
 
     def _check_targets(self, model: nn.Module, config: Any) -> None:
         merged = [k for k, x in model.named_modules() if isinstance(x, SaraLayer) and x.merged]
@@ -90,8 +89,9 @@ class SaraModel(WeightTuner):
                 "SaRA selects from the base model's own weights, and an adapter is merged into "
                 f"them ({listing(merged, 3)}): call `unmerge_adapter` first"
             )
+        _maybe_include_all_linear_layers(config, model)  # enters them in the config
         tensors = target_tensors(config, model)
-        self._targets = set(tensors)
+        self._targets, self._done = list(tensors), set()
         if not tensors:
             raise NoMatchingPeftModuleError(self._no_match_message(model, config))
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
@@ -107,15 +107,30 @@ class SaraModel(WeightTuner):
                 "and it fits copies in any dtype"
             )
 
+        self._owners = frozenset(
+            name.rpartition(".")[0]
+            for name, tensor in tensors.items()
+            if waits_for_indices(config) or _mask(config, name, tensor).any()
+        )
+        if config.target_modules and not any(
+            is_target_module(config, key) for key, _ in base_modules(model)
+        ):
+            warnings.warn(
+                f"target_modules={config.target_modules} were set but no module was matched.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        if any(part.startswith("sara_") for part in key.split(".")):
-            return False  # the inside of a layer
+    def _check_target_module_exists(  # type: ignore[override]
+        self, peft_config: Any, key: str
+    ) -> Any:
+        # Where nothing is selected there is no layer, and PEFT shall not list one.
         found = is_target_module(peft_config, key)
-        return found or may_own_target(peft_config, key) or found
+        key = key.removeprefix(COMPILED)
+        return key in self._owners if found is not None and not is_excluded(found) else found
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -153,8 +168,10 @@ class SaraModel(WeightTuner):
         parent: nn.Module,
         key: str,
     ) -> None:
-        if isinstance(target, SaraLayer) and adapter_name in target.places:
+        key = key.removeprefix(COMPILED)
+        if key in self._done:  # an attention's output projection, which came with it
             return
+        self._done.add(key)
         base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         targets = {
             name: tensor
@@ -231,9 +248,13 @@ def waits_for_indices(config: SaraConfig) -> bool:
 
 
 def _places(config: SaraConfig, name: str, tensor: Tensor) -> Places:
+    return Places.of(_mask(config, name, tensor))
+
+
+def _mask(config: SaraConfig, name: str, tensor: Tensor) -> Tensor:
     assert config.cutoff is not None
     select: Any = config.select
-    return Places.of(selected(tensor, config.cutoff, select, tensor_seed(config.seed, name)))
+    return selected(tensor, config.cutoff, select, tensor_seed(config.seed, name))
 
 
 def _cutoff(config: SaraConfig, tensors: dict[str, Tensor]) -> float:

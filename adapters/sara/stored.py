@@ -26,6 +26,8 @@ def places_tensors(model: nn.Module, adapter_name: str, store_indices: bool) -> 
             continue
         key = key.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
         places = layer.places[adapter_name]
+        if any(layer.values(adapter_name, name).is_meta for name in places):
+            continue  # to be loaded
         if store_indices:
             for name, of_name in places.items():
                 tensors[f"{key}.{INDICES}.{adapter_name}.{name}"] = as_stored(of_name)

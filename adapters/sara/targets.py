@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    check_target_module_exists,
+)
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -19,23 +23,30 @@ from .config import SaraConfig
 _INDEXED = (nn.ParameterList, nn.ParameterDict, ParametrizationList)
 
 
+COMPILED = "_orig_mod."  # what stands before the names of a compiled model's modules
+
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
 def is_target_module(config: SaraConfig, key: str) -> Any:
     """Say whether a module's own parameters are targeted, as PEFT says it for `target_modules`."""
     if not config.takes_everything:
         return check_target_module_exists(config, key)
-    fields = {"target_modules": ".*", "target_parameters": None}
-    for name in ("exclude_modules", "modules_to_save"):
-        fields[name] = getattr(config, name)
+    fields: dict[str, Any] = {"target_modules": ".*", "target_parameters": None}
+    fields["exclude_modules"] = config.exclude_modules
+    # PEFT trains a task's new head in full, and says so after the adapter is attached.
+    heads = _HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
+    fields["modules_to_save"] = [*(config.modules_to_save or ()), *heads]
     return check_target_module_exists(SimpleNamespace(**fields), key)
 
 
-def may_own_target(config: SaraConfig, key: str) -> bool:
-    """Say whether `target_parameters` may name a parameter of the module."""
-    for target in config.target_parameters or ():
-        owner = target.rpartition(".")[0]
-        if not owner or key == owner or key.endswith(f".{owner}"):
-            return True
-    return False
+def is_excluded(found: Any) -> bool:
+    """Say whether what `is_target_module` found is that the module is left out by name."""
+    return isinstance(found, _ExcludedModule)
 
 
 def target_tensors(config: SaraConfig, model: nn.Module) -> dict[str, Tensor]:
@@ -70,7 +81,8 @@ def target_tensors(config: SaraConfig, model: nn.Module) -> dict[str, Tensor]:
 
 def _named(config: SaraConfig, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     attentions = set()
-    for key, module in base_modules(model):
+    for full_key, module in base_modules(model):
+        key = full_key.removeprefix(COMPILED)
         owner, _, own_name = key.rpartition(".")
         is_target = bool(is_target_module(config, key))
         if isinstance(module, nn.MultiheadAttention) and is_target:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import peft
 
-from graftune import FloraConfig, MaskTuningConfig
+from graftune import FloraConfig, MaskTuningConfig, SaraConfig
 
 from .translate import ANY, Method, Template
 
@@ -35,6 +35,15 @@ MASKED_LORA = Template(
     },
 )
 MASKED_LOKR = Template(
+    peft.LoKrConfig,
+    neutral={"r": ANY, "alpha": ANY, "rank_dropout": (0.0,), "module_dropout": (0.0,)},
+)
+SPARSE_LORA = Template(
+    peft.LoraConfig,
+    renamed={"init_lora_weights": "init_weights"},
+    neutral={"r": ANY, "lora_alpha": ANY, "lora_dropout": (0.0,), "bias": ("none",)},
+)
+SPARSE_LOKR = Template(
     peft.LoKrConfig,
     neutral={"r": ANY, "alpha": ANY, "rank_dropout": (0.0,), "module_dropout": (0.0,)},
 )
@@ -86,6 +95,12 @@ METHODS = (
             "*::test_disable_adapters?MaskTuning-Conv2d 1x1*": "TrainableTokensConfig",
         },
     ),
+    Method(
+        "SaRA",
+        SaraConfig,
+        templates=(SPARSE_LORA, SPARSE_LOKR),
+        always={"fraction": 0.5},
+    ),
 )
 
 
@@ -107,6 +122,14 @@ NO_SUMS = "masks do not add up"
 ONE_MASK = "one batch has one mask"
 NOT_ADDED = "a mask is no low-rank update that LoRA could say"
 TOO_SMALL = "at the test's rate no score crosses the threshold in its few steps"
+OTHER_BASE = "loads onto a base model with other weights, in which other entries are the smallest"
+NO_PARTS = "entries of several selections are no selection: adapters are added up as they run"
+WHOLE_BATCH = "trained entries are those of a weight, which a whole batch shares"
+EVERYTHING = "every module is the default"
+TIED = "tied weights are refused where they are named"
+WITH_BIAS = "biases are trained as well, which a LoRA on weights cannot say"
+PROOF = "takes every tensor of a file for a layer's, and a proof of places is none"
+NO_GRADIENT = "outputs of size 90 leave three biases without a gradient to be seen"
 NOT_MADE = "needs a model of the Hub that hub.py does not make"
 
 
@@ -172,6 +195,23 @@ FAMILIES: dict[str, Family] = {
                 "*::test_save_pretrained_targeting_lora_to_embedding_layer*MaskTuning*",
             ),
             SCORES: ("*::test_parameters_after_loading_model?MaskTuning-*",),
+            OTHER_BASE: (
+                "TestRequiresGrad::test_loading_model_*SaRA*",
+                "*::test_load_does_not_overwrite_similarly_named_sibling?SaRA*",
+                "*::test_ignore_mismatched_sizes_with_scalar_modules_to_save?SaRA*",
+            ),
+            NO_PARTS: (
+                "*modules_to_save_merging_adapters*SaRA*",
+                "*::test_add_weighted_adapter_cat_with_rank_pattern?SaRA-*",
+                "*::test_multiple_active_adapters_forward?SaRA-*",
+            ),
+            NO_GRADIENT: ("*::test_only_params_are_updated?SaRA-Conv2d 2*",),
+            WHOLE_BATCH: ("TestMixedAdapterBatches::*SaRA*",),
+            EVERYTHING: (
+                "TestDefaultTargetModules::test_default_target_modules_not_set_*SaRA*",
+                "TestDefaultTargetModules::test_default_target_modules_list_of_str?SaRA*",
+                "TestDefaultTargetModules::test_default_target_modules_str?SaRA*",
+            ),
             NO_SUMS: (
                 "*modules_to_save_merging_adapters*MaskTuning*",
                 "*::test_add_weighted_adapter_cat_with_rank_pattern?MaskTuning-*",
@@ -248,7 +288,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "test_stablediffusion": Family(8),
     "test_torch_compile": Family(
-        8, deselected={TOO_SMALL: ("*::test_causal_lm_training_*_compile?MaskTuning*",)}
+        8,
+        deselected={
+            TOO_SMALL: ("*::test_causal_lm_training_*_compile?MaskTuning*",),
+            TIED: ("*_compile?SaRA-*target-embeddings*",),
+        },
     ),
     "test_low_level_api": Family(
         31,
@@ -266,6 +310,14 @@ FAMILIES: dict[str, Family] = {
                 "TestPeftStateDict::test_get_and_set_peft_model_state_dict_bias_in_module_name",
             ),
             SCORES: ("*::test_inject_from_state_dict_extra_keys_warning?MaskTuning*",),
+            OTHER_BASE: (
+                "*::test_base_model_module_named_like_peft_prefix?SaRA*",
+                "TestPeftStateDict::test_set_peft_model_state_dict_preserves_input?SaRA*",
+            ),
+            PROOF: (
+                "*::test_inject_from_state_dict_extra_keys_warning?SaRA*",
+                "*::test_inject_from_state_dict_low_cpu_mem_usage_with_weight_conversion?SaRA*",
+            ),
         },
         quick=(
             "TestInjectAdapterFromStateDict::*",
@@ -280,6 +332,7 @@ FAMILIES: dict[str, Family] = {
         deselected={
             NAMES: ("TestLoraConversion::test_targeted_modules_identical*",),
             NOT_ADDED: ("TestLoraConversion::*MaskTuning*",),
+            WITH_BIAS: ("TestLoraConversion::*SaRA*",),
             NUMBERS: ("TestLoraConversion::test_converted_lora_approximates_original_adapter",),
         },
     ),
@@ -295,6 +348,10 @@ FAMILIES: dict[str, Family] = {
             "TestTunerStateDictKeyPrefixes::*",
         ),
         deselected={
+            EVERYTHING: (
+                "TestTargetedModuleNames::test_realistic_example?SaRA*",
+                "TestExcludedModuleNames::test_realistic_example?SaRA*",
+            ),
             NAMES: (
                 "TestModelAndLayerStatus::test_module_type_small",
                 "TestModelAndLayerStatus::test_module_type_large",
@@ -367,7 +424,14 @@ FAMILIES: dict[str, Family] = {
             ),
             NAMES: (
                 "TestLowCpuMemUsage::test_get_peft_model_*low_cpu_mem_usage_works?MaskTuning*",
+                "TestLowCpuMemUsage::test_get_peft_model_*low_cpu_mem_usage_works?SaRA*",
             ),
+            OTHER_BASE: (
+                "TestLoraInitialization::test_mha_load_init_model_first?SaRA*",
+                "TestLoraInitialization::test_loading_multiple_adapters_with_*?SaRA*",
+                "TestLoadPeftKeyMapping::test_key_mapping_save_old_load_new_lora?SaRA*",
+            ),
+            TIED: ("TestWeightTying::test_weight_tying_tied_model_target_modules_lokr?SaRA*",),
             HOTSWAP: ("TestHotSwapping::test_hotswap_works",),
             GROUPS: ("*::test_error_raised_if_rank_not_divisible_by_groups",),
         },

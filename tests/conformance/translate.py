@@ -40,6 +40,7 @@ class Method:
         extra: further rows for lists of PEFT, by the list's argument names without spaces; the
             config class stands for itself and is left out.
         mixed_batches: whether `adapter_names` works in the forward pass.
+        always: fields that every config of the method has in the tests.
         treated_as: tests that treat some config classes apart, to the class whose treatment the
             method needs (a learning rate, a tolerance).
     """
@@ -49,6 +50,7 @@ class Method:
     templates: tuple[Template, ...]
     extra: Mapping[str, tuple[tuple[Any, ...], ...]] = field(default_factory=dict)
     mixed_batches: bool = False
+    always: Mapping[str, Any] = field(default_factory=dict)
     treated_as: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -127,7 +129,9 @@ def translated_kwargs(
             result[name] = translated_kwargs(value, template, method)
         else:
             raise NoCounterpartError(name)
-    return result
+    # And not the keyword arguments of something else.
+    is_config = any(name in known or name in template.neutral for name in (*result, *kwargs))
+    return {**method.always, **result} if is_config else result
 
 
 def method_of(values: Iterable[Any], methods: Iterable[Method]) -> Method | None:

@@ -247,6 +247,17 @@ def test_tied_weights_are_refused_where_named_and_left_out_otherwise() -> None:
     assert model.base_model.model[3].base_layer.weight is model.base_model.model[2].weight
 
 
+def test_a_tasks_new_head_is_trained_in_full() -> None:
+    from transformers import BertConfig, BertForTokenClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = BertForTokenClassification(BertConfig(**sizes, intermediate_size=16, vocab_size=32))
+    model = graftune.wrap(base, "sara", fraction=0.2)
+    assert not any("classifier" in part.name for part in sparse_parts(model))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("classifier.modules_to_save.default.weight" in name for name in trained)
+
+
 def test_another_methods_layer_is_not_wrapped() -> None:
     model = get_peft_model(net(), LoraConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match="another method's"):
