@@ -280,7 +280,12 @@ def _base_mismatch_message(config: GraftConfig, model: nn.Module, reason: str) -
 def _adapted_tensors(layer: BaseTunerLayer) -> dict[str, torch.Tensor]:
     """The base tensors under a tuner layer, as they are without any adapter."""
     adapted = getattr(layer, "adapted_tensors", None)
-    return adapted() if adapted is not None else {"weight": layer.weight}
+    if adapted is not None:
+        return adapted()
+    base = layer.get_base_layer()
+    if hasattr(base, "weight"):
+        return {"weight": layer.weight}
+    return dict(base.named_parameters(recurse=False))  # such as packed attention weights
 
 
 def _not_comparable(tensor: torch.Tensor) -> str | None:

@@ -21,7 +21,7 @@ class StackConfig(GraftConfig):
 
     They are attached in their order: the first sits on the base model's modules, the next around
     it. A mask acts on the pretrained weight whatever the order, and what others add is added to the
-    masked one: W' = W ⊙ mask + ΔW.
+    masked one: W' = W ⊙ mask + ΔW. What enters by hooks acts on what all others compute.
 
     Args:
         parts: configs of two or more methods, each of another one, or what their `to_dict`

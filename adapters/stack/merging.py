@@ -9,6 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .neighbours import acts_on_base
+
 
 def merge_order(model: nn.Module) -> list[Any]:
     """Return the tuner layers of a model in the order in which to merge them.
@@ -18,11 +20,6 @@ def merge_order(model: nn.Module) -> list[Any]:
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     return sorted(reversed(layers), key=lambda layer: not acts_on_base(layer))
-
-
-def acts_on_base(layer: Any) -> bool:
-    """Say whether a layer, or a class of layers, acts on the pretrained weight as masks do."""
-    return getattr(layer, "acts_on_base", False)
 
 
 def take_off_layers(

@@ -17,7 +17,8 @@ from ..messages import listing
 from ..modules import base_modules
 from ..tuner import GraftTuner, enter_base_digest
 from .config import StackConfig, method_of, tuner_class
-from .merging import acts_on_base, merge_order, take_off_layers
+from .merging import merge_order, take_off_layers
+from .neighbours import attaching_order, check_neighbours
 from .state import part_class, stored_by_none, stored_by_part, tensors_of_part
 
 
@@ -92,6 +93,7 @@ class StackModel(BaseTuner):
             config.share_modules_to_save()
             self.tuners.append(None)
             self._attach(len(config.parts) - 1, config, name, low_cpu_mem_usage=False)
+        check_neighbours(self.model)
         self.model.peft_config = self.peft_config
         config.base_digest = None
         enter_base_digest(self.model, config, name)
@@ -125,14 +127,11 @@ class StackModel(BaseTuner):
                 "StackConfig needs `parts`, the configs of its methods: "
                 "StackConfig(parts=[LoraConfig(...), FloraConfig(...)])"
             )
-        # Masks go around all others: they act on the pretrained weight through whatever is inside.
-        order = sorted(
-            range(len(config.parts)),
-            key=lambda number: acts_on_base(tuner_class(config.parts[number]).tuner_layer_cls),
-        )
+        order = attaching_order([tuner_class(part).tuner_layer_cls for part in config.parts])
         self.tuners = self.tuners or [None] * len(order)
         for number in order:
             self._attach(number, config, adapter_name, low_cpu_mem_usage)
+        check_neighbours(self.model)
         self.model.peft_config = self.peft_config
         enter_base_digest(model, config, adapter_name)
 
@@ -273,6 +272,8 @@ class StackModel(BaseTuner):
                     "leaves these attached"
                 )
             self.merge_adapter(adapter_names, safe_merge)
+            for layer in merge_order(self.model):
+                layer.merged_adapters = []  # for good: some layers unmerge as they are taken off
         take_off_layers(self.model, merge, safe_merge, adapter_names)
         for tuner in self.tuners:  # those that stand around nothing have hooks
             tuner._unload_and_optionally_merge(merge=False, progressbar=progressbar)

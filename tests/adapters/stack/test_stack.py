@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, OFTConfig, PeftModel, PromptTuningConfig, VeraConfig
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VeraConfig,
+)
 from safetensors.torch import load_file
 from torch import nn
 
@@ -48,6 +56,16 @@ STACKS: dict[str, tuple[str, list[Any]]] = {
     "prompts, flora, mask": ("open_clip-vit", [prompts(), "flora", "mask_tuning"]),
     "flora, mask": ("torch-cnn", ["flora", "mask_tuning"]),
     "mask, flora": ("diffusers-unet", ["mask_tuning", "flora"]),
+    "prompts, lora of tokens": (
+        "transformers-clip",
+        [prompts(), lora("token_embedding", "patch_embedding", "fc1", init_lora_weights=False)],
+    ),
+    "sara, flora": ("torch-cnn", ["sara", "flora"]),
+    "sara, lora": ("transformers-vit", ["sara", lora()]),
+    "ia3, mask": (
+        "transformers-llama",
+        [IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "mask_tuning"],
+    ),
     "packed flora, mask": ("open_clip-vit", ["flora", "mask_tuning"]),
     "packed mask, flora": ("open_clip-vit", ["mask_tuning", "flora"]),
 }
@@ -317,6 +335,7 @@ def test_the_config_says_all_parts_in_plain_json(tmp_path: Path) -> None:
             "a forward pass of its own",
         ),
         (lambda: ["flora", lora(bias="all")], "bias='all' trains biases"),
+        (lambda: ["sara", "mask_tuning"], "masks on '.*' would have no gradient, as SaRA"),
         (lambda: ["flora", "floar"], "Did you mean 'flora'"),
         (lambda: ["flora", lora("nowhere")], "not found in the base model"),
         (lambda: [], "no method to attach"),
@@ -328,6 +347,37 @@ def test_methods_that_cannot_be_stacked(methods: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         graftune.wrap(base, methods())
     assert_untouched(base, before)
+
+
+def test_lora_of_an_attention_shares_it_with_no_other_method() -> None:
+    base = MODELS["open_clip-vit"].build()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"MultiheadAttention '.*attn' cannot share it"):
+        graftune.wrap(base, [lora("attn"), "mask_tuning"])
+    assert_untouched(base, before)
+    model = graftune.wrap(base, lora("attn"))
+    with pytest.raises(ValueError, match="cannot share it with another method"):
+        graftune.wrap(model, "mask_tuning")
+    assert model.peft_type == "LORA"
+    graftune.wrap(model, MaskTuningConfig(target_modules=["c_fc"]))
+
+
+def test_what_adds_to_a_hooked_output_comes_before_the_hook() -> None:
+    embedding = FloraConfig(r=2, target_modules=["token_embedding"])
+    model = graftune.wrap(MODELS["transformers-clip"].build(), prompts(), regularizers=[])
+    with pytest.raises(ValueError, match=r"hook is on the output of '.*token_embedding' already"):
+        graftune.wrap(model, embedding)
+    assert model.peft_type == "DEEP_PROMPT"
+    # In one list, in whatever order, the prompts replace what the embedding adds.
+    model = graftune.wrap(MODELS["transformers-clip"].build(), [prompts(), embedding])
+    moved(model)
+    seen = []
+    block = model.get_base_model().text_model.encoder.layers[0]
+    block.register_forward_pre_hook(lambda _, args: seen.append(args[0][0, 1:4]))
+    run("prompts, mask", model)
+    position = model.get_base_model().text_model.embeddings.position_embedding.weight[1:4]
+    tokens = next(p for k, p in model.named_parameters() if "text" in k and "deep_prompt" in k)
+    torch.testing.assert_close(seen[0], tokens[0] + position)
 
 
 def test_a_field_that_two_methods_have_is_refused() -> None:
