@@ -35,7 +35,7 @@ class Places:
 
     Args:
         shape: the tensor's shape.
-        gaps: (n,), distances to the entry before, the first of a block counted from -1; uint8
+        gaps: (n,), distances to the entry before, the first of a block its index; uint8
             modulo 256, or int32 where entries are few.
         jump_at, jumps: where a distance is longer than a gap can say, and by how much.
         blocks: the blocks of rows.
@@ -68,7 +68,7 @@ class Places:
         for first in range(0, rows.shape[0], many):
             part = rows[first : first + many]
             indices = part.reshape(-1).nonzero().squeeze(1)
-            gap = indices.diff(prepend=indices.new_full((1,), -1))
+            gap = indices.diff(prepend=indices.new_zeros(1))
             long = int((gap > 255).sum())
             stop = start + gap.numel()
             blocks.append(
@@ -90,15 +90,15 @@ class Places:
             >>> Places.of(torch.tensor([[True, False], [False, True]])).indices()
             tensor([0, 3])
         """
-        if block is None:
+        if block is None and len(self.blocks) != 1:
             width = math.prod(self.shape[1:])
-            parts = [self.indices(b) + b.rows.start * width for b in self.blocks]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            return torch.cat([self.indices(b) + b.rows.start * width for b in self.blocks])
+        block = self.blocks[0] if block is None else block
         steps = self.gaps[block.entries].long()
         if block.jumps.stop > block.jumps.start:
             at = self.jump_at[block.jumps].long() - block.entries.start
             steps = steps.index_add(0, at, self.jumps[block.jumps].long())
-        return steps.cumsum(0) - 1
+        return steps.cumsum(0)
 
     def put(
         self, tensor: Tensor, values: Tensor, dtype: torch.dtype, block: Block | None = None

@@ -258,6 +258,27 @@ def test_a_tasks_new_head_is_trained_in_full() -> None:
     assert any("classifier.modules_to_save.default.weight" in name for name in trained)
 
 
+def test_scaled_and_accumulated_gradients_are_those_of_one_batch() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 20)
+    found = []
+    for parts in (1, 4):
+        model = graftune.wrap(net(), "sara", fraction=0.3)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for _ in range(3):
+            for part in x.chunk(parts):
+                scaler.scale(model(part).square().sum() / len(x)).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        found.append([part.values.detach().clone() for part in sparse_parts(model)])
+    for one, several in zip(*found, strict=True):
+        torch.testing.assert_close(one, several, rtol=1e-3, atol=1e-5)
+
+
 def test_another_methods_layer_is_not_wrapped() -> None:
     model = get_peft_model(net(), LoraConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match="another method's"):
