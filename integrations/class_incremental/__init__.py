@@ -10,14 +10,18 @@ from graftune.integrations.class_incremental.metrics import (
     forgetting,
     metrics,
 )
+from graftune.integrations.class_incremental.tasks import ClassOrder, TaskSplit, split_tasks
 
 __all__ = [
     "METRICS",
+    "ClassOrder",
     "Matrix",
+    "TaskSplit",
     "backward_transfer",
     "curve",
     "curve_average",
     "final_average_accuracy",
     "forgetting",
     "metrics",
+    "split_tasks",
 ]
