@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 
-from graftune.adapters.regularizers import GaussianAveraging, SelfRegulation, regularizer
+from graftune.adapters.regularizers import (
+    GaussianAveraging,
+    GradientDropout,
+    MaskNorm,
+    SelfRegulation,
+    regularizer,
+)
 from graftune.commands import main
 from graftune.commands.yaml_file import read_yaml
 from support import folders
@@ -50,6 +56,18 @@ def test_promptsrc_has_the_settings_of_the_paper(
     paper = {"optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 5e-4}
     paper |= {"learning_rate": 0.0025, "first_epoch_rate": 1e-5, "per_device_train_batch_size": 4}
     paper |= {"shots": 16, "template": "a photo of a {}."}
+    assert {key: keys[key] for key in paper} == paper
+
+
+def test_mask_tuning_has_the_settings_of_the_paper() -> None:
+    keys = {k: v.value for k, v in read_yaml(RECIPES / "mask_tuning_vit_b16.yaml").items()}
+    assert keys["adapter"] == {"targets": "attention", "init": 0.01, "threshold": 0.005}
+    dropout, norm = keys["regularizers"]
+    assert regularizer(dropout) == GradientDropout(1)
+    assert regularizer(norm) == MaskNorm(1e-4)
+    paper = {"optim": "adamw_torch", "weight_decay": 0, "learning_rate": 8e-5, "shots": 16}
+    paper |= {"lr_scheduler_type": "cosine", "num_train_epochs": 30}
+    paper |= {"per_device_train_batch_size": 32}
     assert {key: keys[key] for key in paper} == paper
 
 
