@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -28,7 +29,10 @@ def call_with(
         for name, (owner, own_name) in owners.items()
         if own_name in owner.__dict__
     }
-    if not laid_over:
+    plain = all(own_name in owner._parameters for owner, own_name in owners.values())
+    traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    # Without gradients laying them over is as good, and costs next to nothing.
+    if not laid_over and (traced or not plain):
         return functional_call(module, tensors, args, kwargs)
     for name, tensor in tensors.items():
         owner, own_name = owners[name]
