@@ -10,12 +10,17 @@ from graftune.integrations.class_incremental.metrics import (
     forgetting,
     metrics,
 )
+from graftune.integrations.class_incremental.record import ClassListError, TaskRecord
 from graftune.integrations.class_incremental.tasks import ClassOrder, TaskSplit, split_tasks
+from graftune.integrations.class_incremental.trainer import ClassIncrementalTrainer
 
 __all__ = [
     "METRICS",
+    "ClassIncrementalTrainer",
+    "ClassListError",
     "ClassOrder",
     "Matrix",
+    "TaskRecord",
     "TaskSplit",
     "backward_transfer",
     "curve",
