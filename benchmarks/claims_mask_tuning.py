@@ -43,6 +43,7 @@ from embedded.task import few_shot_task
 # they cross the threshold together or not at all. SGD moves each by its own gradient.
 SGD_RATES, ADAM_RATES = (3e-2, 1e-1, 3e-1, 1.0), (1e-4, 3e-4, 1e-3)
 MASKS, DROPOUT, ADAM = "masks", "masks + gradient dropout", "the same by Adam"
+SAME_RATE = "the same at the rate of masks"
 PROMPTS, LORA = "deep prompts", "LoRA"
 OTHER_STYLE = "other style"
 
@@ -85,6 +86,7 @@ def variants(epochs: int) -> list[Variant]:
     return [
         Variant(MASKS, masks(norm), SGD_RATES, measure=more, arguments=sgd),
         Variant(DROPOUT, honest, SGD_RATES, measure=more, arguments=sgd),
+        Variant(SAME_RATE, honest, of=MASKS, measure=more, arguments=sgd),
         Variant(ADAM, honest, ADAM_RATES, measure=more),
         *alone,
         *on_top,
@@ -106,6 +108,8 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[Claim]:
         better("masks gain on base classes against zero-shot", DROPOUT, "zero-shot", "base"),
         Claim("few weights are masked (≤ 5 %)", masked <= 5, f"{masked:.2f} % are"),
         better("gradient dropout helps on novel classes", DROPOUT, MASKS, "novel"),
+        better("it helps on novel classes at the same rate", SAME_RATE, MASKS, "novel"),
+        better("it keeps more of the old styles at the same rate", SAME_RATE, MASKS, "kept"),
         better("masks help deep prompts", f"{PROMPTS}, then masks", PROMPTS, "base"),
         better("masks help LoRA", f"{LORA}, then masks", LORA, "base"),
         Claim(
