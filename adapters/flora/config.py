@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..config import GraftConfig
+from ..config import WeightConfig
 from ..registration import add_peft_type
 
 FLORA = add_peft_type("FLORA")
 
 
 @dataclass
-class FloraConfig(GraftConfig):
+class FloraConfig(WeightConfig):
     """Config of FLoRA, which adds ΔW = s · G ×_0 U_0 ... ×_{N-1} U_{N-1} to weights of any rank N.
 
     The update is a Tucker form with a trainable core G and one trainable factor for each axis of
@@ -68,33 +68,11 @@ class FloraConfig(GraftConfig):
     dropout: float = field(
         default=0.0, metadata={"help": "Dropout on the input of the added branch, in [0, 1)."}
     )
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the modules to adapt, a regular expression that matches their full "
-            "names, or 'all-linear'. None takes the defaults of the model's architecture."
-        },
-    )
     target_parameters: list[str] | None = field(
         default=None,
         metadata={
             "help": "Names of parameters to adapt by themselves, for example "
             "'attn.in_proj_weight'; each needs at least two axes."
-        },
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of modules to leave alone, or a regular expression."},
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None,
-        metadata={"help": "Indices of the layers to adapt; only with a list of target modules."},
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Name of the list of layers that layers_to_transform refers to, for example "
-            "'layers' or 'h'."
         },
     )
     rank_pattern: dict[str, Any] = field(
@@ -111,20 +89,10 @@ class FloraConfig(GraftConfig):
         default=True,
         metadata={"help": "True starts as the base model; False starts at random, for tests."},
     )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules to train in full and to save with the adapter."},
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = FLORA
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))
-        if isinstance(self.target_parameters, str):
-            raise TypeError("`target_parameters` must be a list of strings or None.")
         self.r = _checked_rank("r", self.r)
         self.rank_pattern = {
             pattern: _checked_rank(f"rank_pattern[{pattern!r}]", rank)
@@ -136,7 +104,6 @@ class FloraConfig(GraftConfig):
             _check_scale(f"scale_pattern[{pattern!r}]", scale)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout!r}")
-        self.check_layer_selection()
 
 
 def _checked_rank(name: str, rank: Any) -> int | list[int]:

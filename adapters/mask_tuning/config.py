@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..config import GraftConfig
+from ..config import WeightConfig
 from ..registration import add_peft_type
 
 MASK_TUNING = add_peft_type("MASK_TUNING")
 
 
 @dataclass
-class MaskTuningConfig(GraftConfig):
+class MaskTuningConfig(WeightConfig):
     """Config of mask tuning, which uses a weight W as W ⊙ 1[m > τ] and trains the scores m.
 
     Regularized Mask Tuning: Uncovering Hidden Knowledge in Pre-trained Vision-Language Models
@@ -76,52 +76,14 @@ class MaskTuningConfig(GraftConfig):
         default=False,
         metadata={"help": "Compute masked weights again in the backward pass, to save memory."},
     )
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the modules to adapt, a regular expression that matches their full "
-            "names, or 'all-linear'. None takes the defaults of the model's architecture."
-        },
-    )
-    target_parameters: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Names of parameters to adapt by themselves, for example 'attn.in_proj_weight'."
-        },
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of modules to leave alone, or a regular expression."},
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None,
-        metadata={"help": "Indices of the layers to adapt; only with a list of target modules."},
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Name of the list of layers that layers_to_transform refers to, for example "
-            "'layers' or 'h'."
-        },
-    )
     init_weights: bool = field(
         default=True,
         metadata={"help": "True starts as the base model; False at a random mask, for tests."},
-    )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules to train in full and to save with the adapter."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MASK_TUNING
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))
-        if isinstance(self.target_parameters, str):
-            raise TypeError("`target_parameters` must be a list of strings or None.")
         _check_number("init", self.init)
         _check_number("threshold", self.threshold)
         if not self.threshold < self.init:
@@ -135,7 +97,6 @@ class MaskTuningConfig(GraftConfig):
                 f"`fraction` must be between 0 and 1, got {self.fraction!r}; None gives every "
                 "weight a score"
             )
-        self.check_layer_selection()
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..config import GraftConfig
+from ..config import WeightConfig
 from ..registration import add_peft_type
 
 SARA = add_peft_type("SARA")
@@ -15,7 +15,7 @@ SELECTIONS = ("smallest", "largest", "random")
 
 
 @dataclass
-class SaraConfig(GraftConfig):
+class SaraConfig(WeightConfig):
     """Config of SaRA, which trains the weights of smallest magnitude where they are.
 
     Every entry with |w| < t becomes trainable, biases included, starting at its own value; all
@@ -97,29 +97,6 @@ class SaraConfig(GraftConfig):
         default=None,
         metadata={"help": "Names of parameters to train, for example 'attn.in_proj_weight'."},
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of modules to leave alone, or a regular expression."},
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None,
-        metadata={"help": "Indices of the layers to adapt; only with a list of target modules."},
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Name of the list of layers that layers_to_transform refers to, for example "
-            "'layers' or 'h'."
-        },
-    )
-    init_weights: bool = field(
-        default=True,
-        metadata={"help": "True starts as the base model; False starts elsewhere, for tests."},
-    )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules to train in full and to save with the adapter."},
-    )
     cutoff: float | None = field(
         default=None,
         metadata={"help": "The magnitude that selection came down to; set when it is attached."},
@@ -132,16 +109,9 @@ class SaraConfig(GraftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SARA
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))
-        if isinstance(self.target_parameters, str):
-            raise TypeError("`target_parameters` must be a list of strings or None.")
         self._check_amount()
         if self.select not in SELECTIONS:
             raise ValueError(f"`select` is one of {SELECTIONS}, got {self.select!r}")
-        self.check_layer_selection()
 
     def _check_amount(self) -> None:
         amounts = {name: getattr(self, name) for name in ("threshold", "fraction")}
