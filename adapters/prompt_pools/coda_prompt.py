@@ -98,22 +98,12 @@ class CodaPromptModel(PoolTuner):
             f"{cls.child}.coda_prompt_attention": (config.pool_size, of_query),
         }
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+    def add_adapter(
+        self, config: Any, adapter_name: str, layer: Any, shapes: dict[str, tuple[int, ...]]
     ) -> None:
-        layer = self.layer_of(peft_config, target)
-        shapes = self.adapter_shapes(peft_config, current_key, layer.__dict__["beside"])
-        tensors = [_drawn(shape, peft_config.init_weights) for shape in shapes.values()]
-        layer.update_layer(
-            adapter_name, tensors, peft_config.task, peft_config.share, peft_config.inference_mode
-        )
+        """Add components, keys and attention to a block's layer."""
+        tensors = [_drawn(shape, config.init_weights) for shape in shapes.values()]
+        layer.update_layer(adapter_name, tensors, config.task, config.share, config.inference_mode)
 
 
 def _drawn(shape: tuple[int, ...], init_weights: bool) -> Tensor:

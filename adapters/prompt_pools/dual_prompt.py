@@ -94,24 +94,16 @@ class DualPromptModel(PoolTuner):
             }
         return {f"{cls.child}.dual_prompt_prefixes": (1, config.general_length, width)}
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+    def add_adapter(
+        self, config: Any, adapter_name: str, layer: Any, shapes: dict[str, tuple[int, ...]]
     ) -> None:
-        layer = self.layer_of(peft_config, target)
-        shapes = self.adapter_shapes(peft_config, current_key, layer.__dict__["beside"])
-        draw = torch.rand if peft_config.init_weights else torch.randn
+        """Add prompts, and keys where they are expert prompts, to a block's layer."""
+        draw = torch.rand if config.init_weights else torch.randn
         prefixes, *keys = (draw(shape) for shape in shapes.values())
         layer.update_layer(
             adapter_name,
             prefixes,
             keys[0] if keys else None,
-            peft_config.task,
-            peft_config.inference_mode,
+            config.task,
+            config.inference_mode,
         )

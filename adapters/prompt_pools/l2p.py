@@ -97,20 +97,12 @@ class L2PModel(PoolTuner):
         """Hook the pool around the blocks."""
         layer.hook(attention, self.model.get_submodule(config.blocks))
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+    def add_adapter(
+        self, config: Any, adapter_name: str, layer: Any, shapes: dict[str, tuple[int, ...]]
     ) -> None:
-        layer = self.layer_of(peft_config, target)
-        shapes = self.adapter_shapes(peft_config, current_key, layer.__dict__["beside"])
-        drawn = [_drawn(shape, peft_config.init_weights) for shape in shapes.values()]
-        layer.update_layer(adapter_name, *drawn, peft_config.chosen, peft_config.inference_mode)
+        """Add prompts and keys to the pool."""
+        drawn = [_drawn(shape, config.init_weights) for shape in shapes.values()]
+        layer.update_layer(adapter_name, *drawn, config.chosen, config.inference_mode)
 
 
 def _drawn(shape: tuple[int, ...], init_weights: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ _PLACES = ("tower", "entry", "query")
 class PoolTuner(PrefixTuner):
     """Base of tuners whose layers are `PoolLayer`s.
 
-    A method defines `new_layer`, `place_layer` and `add_adapter`, beside `adapter_shapes`.
+    A method defines `add_adapter`, beside `adapter_shapes`.
     """
 
     def _check_targets(self, model: nn.Module, config: Any) -> None:
@@ -32,7 +33,27 @@ class PoolTuner(PrefixTuner):
             check_module(model, name, getattr(config, name))
         super()._check_targets(model, config)
 
-    def layer_of(self, config: Any, target: nn.Module) -> Any:
+    @abstractmethod
+    def add_adapter(
+        self, config: Any, adapter_name: str, layer: Any, shapes: dict[str, tuple[int, ...]]
+    ) -> None:
+        """Draw tensors of the shapes that `adapter_shapes` says, and add them to a layer."""
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = self._layer_of(peft_config, target)
+        shapes = self.adapter_shapes(peft_config, current_key, layer.__dict__["beside"], None)
+        self.add_adapter(peft_config, adapter_name, layer, shapes)
+
+    def _layer_of(self, config: Any, target: nn.Module) -> Any:
         """Return the layer in an attention, one that was just hooked in if there was none."""
         attention = base_module(target)
         layer: Any = getattr(attention, self.child, None)
