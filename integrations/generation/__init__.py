@@ -1,0 +1,13 @@
+"""What generated images are worth: their distance to real ones, and to their texts."""
+
+from .clip_features import ClipImageFeatures, clip_score, picture_agreement
+from .distances import image_distances
+from .harmony import visual_linguistic_harmony
+
+__all__ = [
+    "ClipImageFeatures",
+    "clip_score",
+    "image_distances",
+    "picture_agreement",
+    "visual_linguistic_harmony",
+]
