@@ -18,6 +18,7 @@ from .functional import exact
 Center = Literal["boundary", "origin"]
 
 _CHUNK = 2**22  # distances that exist at a time
+_GATHERED = 2**20  # the same where they are only looked at once, and the cache should hold them
 
 
 def kth_distance(points: Tensor, features: Tensor, neighbours: int) -> Tensor:
@@ -185,14 +186,15 @@ def _bounds(
     Returns:
         (S, samples).
     """
-    along = 2 * features @ noise.T  # (N, samples)
-    squares = noise.square().sum(1)  # (samples,)
-    apart = to_features[boundary].square()  # (S, N)
-    bounds = []
-    for place, of_place, row in zip(boundary, near, apart, strict=True):
-        largest = (row[of_place, None] - along[of_place]).amax(0)  # (samples,)
-        bounds.append(largest + squares + along[place])
-    return torch.stack(bounds).clamp(min=0).sqrt()
+    along = -2 * features @ noise.T  # (N, samples)
+    apart = to_features[boundary].square().gather(1, near)  # (S, K)
+    # Many boundary features at once: where other work has the cores, each of many small operations
+    # waits longer for its threads than it takes.
+    rows = max(1, _GATHERED // (near.shape[1] * len(noise)))
+    pairs = zip(apart.split(rows), near.split(rows), strict=True)
+    largest = torch.cat([along[places].add_(d[..., None]).amax(1) for d, places in pairs])
+    bounds = largest + noise.square().sum(1) - along[boundary]  # (S, samples)
+    return bounds.clamp_(min=0).sqrt_()
 
 
 def outlier_loss(
