@@ -9,11 +9,11 @@
         model, arguments, train=data.train, test=data.test, head="classifier"
     )
 
-A class is a subcategory of emoji, such as "food fruit", drawn in `openmoji`, which is line art; four
-classes come in a task. There are 44 classes, ten tasks and an eleventh to go on with, drawn by the
-seed from those 50 that have 12 groups of pictures or more. Half of a class's groups are for training,
-a sixth for validation and a third for testing; groups (man, woman and person variants, for example)
-are never split over them, and of a group one picture is taken before a second of any.
+A class is a subcategory of emoji, such as "food fruit", drawn in `openmoji`, which is line art.
+Four classes come in a task. There are 44, ten tasks and an eleventh to go on with, drawn by the
+seed from those 50 that have 12 groups of pictures or more. Half of a class's groups are for
+training, a sixth for validation and a third for testing; groups (man, woman and person variants,
+for example) are never split over them, and of a group one picture is taken before a second of any.
 
 Every class has the same number of rows. In training they are its pictures and then *views* of them,
 mirrored, turned, scaled and shifted at random; elsewhere a class with fewer pictures has them more
