@@ -214,11 +214,11 @@ def paired(rows: Sequence[Mapping[str, Any]], one: str, other: str, measure: str
     return [a - b for a, b in pairs]
 
 
-def difference(values: Sequence[float]) -> str:
+def difference(values: Sequence[float], form: str = ".1f") -> str:
     """Return mean and standard error of paired differences, and in how many seeds they are up."""
-    error = statistics.stdev(values) / len(values) ** 0.5
+    mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
     up = sum(value > 0 for value in values)
-    return f"{statistics.mean(values):+.1f} ± {error:.1f}, up in {up} of {len(values)} seeds"
+    return f"{mean:+{form}} ± {error:{form}}, up in {up} of {len(values)} seeds"
 
 
 def plot(rows: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) -> None:
