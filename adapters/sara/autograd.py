@@ -68,14 +68,16 @@ class SparseLinear(Function):
         grad_x, entries = None, []
         for block in places.blocks:
             part = rows[:, block.rows]  # (B, rows)
+            at = places.indices(block)
             if ctx.needs_input_grad[0]:
-                share = part @ places.put(weight, values, x.dtype, block)
-                grad_x = share if grad_x is None else grad_x.add_(share)
+                weights = places.put(weight, values, x.dtype, block, at)
+                grad_x = part @ weights if grad_x is None else grad_x.addmm_(part, weights)
+                del weights
             if ctx.needs_input_grad[1]:
-                entries.append(places.take(part.mT @ inputs, block).to(values.dtype))
+                entries.append(places.take(part.mT @ inputs, block, at).to(values.dtype))
         grad_bias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[3] else None
         grad_x = None if grad_x is None else grad_x.reshape(x.shape)
-        return grad_x, torch.cat(entries) if entries else None, None, grad_bias, None
+        return grad_x, _one_after_the_other(entries), None, grad_bias, None
 
 
 class SparseConvolution(Function):
@@ -120,18 +122,18 @@ class SparseConvolution(Function):
         blocks = places.blocks if _by_rows(places, ctx.geometry) else (None,)
         grad_x, entries = None, []
         for block in blocks:
-            weights = places.put(weight, values, x.dtype, block)
+            at = places.indices(block)
+            weights = places.put(weight, values, x.dtype, block, at)
             part = grad if block is None else grad[:, block.rows]
             share, dense, _ = _conv_backward(part, x, weights, None, *ctx.geometry, wanted)
             if wanted[0]:
                 grad_x = share if grad_x is None else grad_x.add_(share)
             if wanted[1]:
-                entries.append(places.take(dense, block).to(values.dtype))
+                entries.append(places.take(dense, block, at).to(values.dtype))
         grad_bias = None
         if ctx.has_bias and ctx.needs_input_grad[3]:
             grad_bias = grad.sum([axis for axis in range(grad.dim()) if axis != 1])
-        grad_values = torch.cat(entries) if entries else None
-        return grad_x, grad_values, None, grad_bias, None, None
+        return grad_x, _one_after_the_other(entries), None, grad_bias, None, None
 
 
 class SparseEmbedding(Function):
@@ -171,7 +173,7 @@ class SparseEmbedding(Function):
             here, local = _ids_in(block.rows, flat)
             dense = rows.new_zeros(block.shape).index_add(0, local, rows * here.unsqueeze(1))
             entries.append(places.take(dense, block).to(ctx.dtype))
-        return None, torch.cat(entries), None, None, None
+        return None, _one_after_the_other(entries), None, None, None
 
 
 def _by_rows(places: Places, geometry: Sequence[Any]) -> bool:
@@ -190,6 +192,13 @@ def _joined(parts: Iterable[Tensor], places: Places, axis: int) -> Tensor:
         result.narrow(axis, block.rows.start, part.shape[axis]).copy_(part)
     assert result is not None
     return result
+
+
+def _one_after_the_other(entries: Sequence[Tensor]) -> Tensor | None:
+    """Put the entries of the blocks together; those of a single one are not copied."""
+    if not entries:
+        return None
+    return entries[0] if len(entries) == 1 else torch.cat(entries)
 
 
 def _ids_in(rows: slice, ids: Tensor) -> tuple[Tensor, Tensor]:

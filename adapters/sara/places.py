@@ -101,7 +101,12 @@ class Places:
         return steps.cumsum(0)
 
     def put(
-        self, tensor: Tensor, values: Tensor, dtype: torch.dtype, block: Block | None = None
+        self,
+        tensor: Tensor,
+        values: Tensor,
+        dtype: torch.dtype,
+        block: Block | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
         """Return a copy of the tensor, or of a block of it, with values at the places.
 
@@ -110,18 +115,25 @@ class Places:
             values: (n,).
             dtype: of the copy.
             block: the rows to copy.
+            at: the block's `indices`, where they are known already.
         """
         given = tensor if block is None or not self.shape else tensor[block.rows]
         values = values if block is None else values[block.entries]
         flat = given.reshape(-1).to(dtype, copy=True)
-        filled = flat.index_copy_(0, self.indices(block), values.to(dtype)).reshape(given.shape)
+        at = self.indices(block) if at is None else at
+        filled = flat.index_copy_(0, at, values.to(dtype)).reshape(given.shape)
         if given.is_contiguous():
             return filled
         return torch.empty_like(given, dtype=dtype).copy_(filled)  # channels_last, for one
 
-    def take(self, tensor: Tensor, block: Block | None = None) -> Tensor:
-        """Return the entries of a tensor, or of a block of it, at the places: (n,)."""
-        return tensor.reshape(-1).index_select(0, self.indices(block))
+    def take(
+        self, tensor: Tensor, block: Block | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        """Return the entries of a tensor, or of a block of it, at the places: (n,).
+
+        `at` are the block's `indices`, where they are known already.
+        """
+        return tensor.reshape(-1).index_select(0, self.indices(block) if at is None else at)
 
     def dense(self, values: Tensor) -> Tensor:
         """Return a tensor with values (n,) at the places and zeros elsewhere."""
