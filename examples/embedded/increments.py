@@ -35,7 +35,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, CLIPVisionModel
+from transformers import CLIPVisionModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from embedded.model import CLIP
@@ -162,9 +162,11 @@ def vision_tower(classes: int = CLASSES) -> VisionTower:
     Args:
         classes: outputs of the classifier; those of the first task, as it grows.
     """
-    config = AutoConfig.from_pretrained(CLIP).vision_config
-    config.num_labels = classes
-    return VisionTower.from_pretrained(CLIP, config=config, dtype=torch.float32).eval()
+    pretrained = CLIPVisionModel.from_pretrained(CLIP, dtype=torch.float32)
+    pretrained.config.num_labels = classes
+    tower = VisionTower(pretrained.config)
+    tower.load_state_dict({**tower.state_dict(), **pretrained.state_dict()})
+    return tower.eval()
 
 
 @torch.no_grad()
