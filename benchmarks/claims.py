@@ -195,11 +195,18 @@ def _fill(
 
 def chosen_rate(rows: Sequence[Mapping[str, Any]], name: str) -> float:
     """Return the rate with the best mean harmonic mean on the validation split."""
-    found: dict[float, list[float]] = {}
+    return chosen(rows, name, ("rate",), "harmonic mean")[0]
+
+
+def chosen(
+    rows: Sequence[Mapping[str, Any]], name: str, settings: Sequence[str], measure: str
+) -> tuple[float, ...]:
+    """Return the values of settings with the best mean of a measure on the validation split."""
+    found: dict[tuple[float, ...], list[float]] = {}
     for row in rows:
         if row["variant"] == name and row["split"] == "validation":
-            found.setdefault(row["rate"], []).append(row["harmonic mean"])
-    return max(found, key=lambda rate: statistics.mean(found[rate]))
+            found.setdefault(tuple(row[each] for each in settings), []).append(row[measure])
+    return max(found, key=lambda values: statistics.mean(found[values]))
 
 
 def test_scores(rows: Sequence[Mapping[str, Any]], name: str, measure: str) -> list[float]:
@@ -243,15 +250,17 @@ def plot(rows: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) ->
     pyplot.close(figure)
 
 
-def table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
+def table(
+    rows: Sequence[dict[str, Any]], names: Sequence[str], measures: Sequence[str] = MEASURES
+) -> Table:
     """Means and standard deviations over the seeds."""
     shown = Table("%", title="Test split, mean and standard deviation over the seeds")
-    for measured in MEASURES:
+    for measured in measures:
         shown.add_column(measured, justify="right")
     shown.add_column("trained", justify="right")
     for name in names:
         cells = []
-        for measured in MEASURES:
+        for measured in measures:
             values = test_scores(rows, name, measured)
             cells.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}")
         trained = next((row.get("trained", 0) for row in rows if row["variant"] == name), 0)
@@ -286,13 +295,23 @@ def report(
     fill_in(compared, results, settings)
 
     names = ["zero-shot", *(variant.name for variant in compared)]
-    judged = claims(results.rows)
+    conclude(args.results, results.rows, names, claims(results.rows))
+    plot(results.rows, names, args.results.with_suffix(".png"))
+
+
+def conclude(
+    file: Path,
+    rows: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    judged: Sequence[Claim],
+    measures: Sequence[str] = MEASURES,
+) -> None:
+    """Print the table and the claims, and write the claims into the file of the rows."""
     console = Console(width=120)
-    console.print(table(results.rows, names))
+    console.print(table(rows, names, measures))
     for claim in judged:
         verdict = "[green]holds[/]" if claim.holds else "[red]does not hold[/]"
         console.print(f"{verdict}: {claim.text} ({claim.numbers})")
-    plot(results.rows, names, args.results.with_suffix(".png"))
-    content = json.loads(args.results.read_text(encoding="utf-8"))
+    content = json.loads(file.read_text(encoding="utf-8"))
     content["claims"] = [dataclasses.asdict(claim) for claim in judged]
-    args.results.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
