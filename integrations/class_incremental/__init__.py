@@ -10,6 +10,7 @@ from graftune.integrations.class_incremental.metrics import (
     forgetting,
     metrics,
 )
+from graftune.integrations.class_incremental.plots import draw_curves, draw_matrix
 from graftune.integrations.class_incremental.record import ClassListError, TaskRecord
 from graftune.integrations.class_incremental.tasks import ClassOrder, TaskSplit, split_tasks
 from graftune.integrations.class_incremental.trainer import ClassIncrementalTrainer
@@ -25,6 +26,8 @@ __all__ = [
     "backward_transfer",
     "curve",
     "curve_average",
+    "draw_curves",
+    "draw_matrix",
     "final_average_accuracy",
     "forgetting",
     "metrics",

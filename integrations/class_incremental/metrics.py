@@ -27,7 +27,7 @@ def final_average_accuracy(accuracies: Matrix) -> float:
         >>> final_average_accuracy([[90.0], [70.0, 80.0]])
         75.0
     """
-    return _rows(accuracies)[-1].mean().item()
+    return matrix_rows(accuracies)[-1].mean().item()
 
 
 def curve(accuracies: Matrix) -> list[float]:
@@ -43,7 +43,7 @@ def curve(accuracies: Matrix) -> list[float]:
         >>> curve([[90.0], [70.0, 80.0]])
         [90.0, 75.0]
     """
-    return [row.mean().item() for row in _rows(accuracies)]
+    return [row.mean().item() for row in matrix_rows(accuracies)]
 
 
 def curve_average(accuracies: Matrix) -> float:
@@ -75,7 +75,7 @@ def forgetting(accuracies: Matrix) -> float:
         >>> forgetting([[90.0], [70.0, 80.0]])
         20.0
     """
-    rows = _rows(accuracies)
+    rows = matrix_rows(accuracies)
     best = _of_earlier(rows, lambda task: max(row[task] for row in rows[task:-1]))
     return float(np.mean(best - rows[-1][:-1])) if len(best) else 0.0
 
@@ -93,7 +93,7 @@ def backward_transfer(accuracies: Matrix) -> float:
         >>> backward_transfer([[90.0], [70.0, 80.0]])
         -20.0
     """
-    rows = _rows(accuracies)
+    rows = matrix_rows(accuracies)
     learned = _of_earlier(rows, lambda task: rows[task][task])
     return float(np.mean(rows[-1][:-1] - learned)) if len(learned) else 0.0
 
@@ -138,8 +138,12 @@ def _of_earlier(rows: list[np.ndarray], value: Callable[[int], float]) -> np.nda
     return np.array([value(task) for task in range(len(rows) - 1)])
 
 
-def _rows(accuracies: Matrix) -> list[np.ndarray]:
-    """The lower triangle, row by row."""
+def matrix_rows(accuracies: Matrix) -> list[np.ndarray]:
+    """Return the lower triangle, row by row.
+
+    Raises:
+        ValueError: there is no row, a row is too short, or an accuracy is not finite.
+    """
     if not len(accuracies):
         raise ValueError("the accuracies have no row; give one for each task that was learned")
     rows = []
