@@ -49,8 +49,9 @@ def grow_classifier(model: nn.Module, name: str, outputs: int) -> None:
     """Append outputs to a model's classifier; what is there stays bit for bit.
 
     Of a classifier in `modules_to_save` all adapters' copies grow, and the base model's own. New
-    rows start as those of a new `nn.Linear`, the same in all of them. Optimizers have to be made
-    anew: the parameters are other ones.
+    rows start as those of a new `nn.Linear`, the same in all of them. A config of transformers
+    that had a label for each output gets further ones. Optimizers have to be made anew: the
+    parameters are other ones.
 
     Args:
         model: a model, or a `peft.PeftModel`.
@@ -65,7 +66,7 @@ def grow_classifier(model: nn.Module, name: str, outputs: int) -> None:
         >>> model = graftune.wrap(vit, "ovor", modules_to_save=["classifier"])
         >>> grow_classifier(model, "classifier", outputs=20)
     """
-    holder, own_name, found = _find(model, name)
+    base, holder, own_name, found = _find(model, name)
     layers = _copies(found)
     for layer in layers:
         _check(name, layer, outputs)
@@ -81,6 +82,30 @@ def grow_classifier(model: nn.Module, name: str, outputs: int) -> None:
             found.modules_to_save[adapter_name] = layer
     else:
         setattr(holder, own_name, grown[0])
+    before = _labels(base)
+    if len(before) == first.out_features:
+        name_outputs(base, [*before, *(f"LABEL_{n}" for n in range(len(before), outputs))])
+
+
+def name_outputs(model: nn.Module, names: Sequence[str]) -> None:
+    """Name the first outputs of a model in its config, if it has one of transformers.
+
+    Args:
+        model: a model, or a `peft.PeftModel`.
+        names: of the classes, in the order of the outputs.
+
+    Example:
+        >>> name_outputs(model, order.names)
+        >>> model.config.id2label[0]
+        'cat'
+    """
+    base = _base(model)
+    before = _labels(base)
+    if before:
+        labels = [*names, *before[len(names) :]]
+        config: Any = base.config
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: output for output, label in enumerate(labels)}
 
 
 def fit_classifier(
@@ -100,17 +125,28 @@ def fit_classifier(
             grow_classifier(base, key, rows)
 
 
-def _find(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
-    """The module that holds the classifier, its name in there, and what is under that name."""
+def _base(model: nn.Module) -> nn.Module:
+    """The base model of a PEFT model, or the model itself."""
     get_base = getattr(model, "get_base_model", None)
-    base: nn.Module = get_base() if get_base is not None else model
+    return get_base() if get_base is not None else model
+
+
+def _labels(base: Any) -> list[str]:
+    """The names of the outputs in a config of transformers; empty where there is none."""
+    labels = getattr(getattr(base, "config", None), "id2label", None) or {}
+    return [labels[output] for output in sorted(labels)]
+
+
+def _find(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module, str, Any]:
+    """The base model, the classifier's holder, its name in there, and what is under that name."""
+    base = _base(model)
     modules = dict(base.named_modules())
     if name not in modules:
         raise ValueError(
             f"{type(base).__name__} has no module {name!r} to grow.{nearest(name, modules)}"
         )
     path, _, own_name = name.rpartition(".")
-    return modules[path], own_name, modules[name]
+    return base, modules[path], own_name, modules[name]
 
 
 def _copies(found: Any) -> list[Any]:

@@ -36,6 +36,7 @@ def untouched_on_error(model: nn.Module) -> Iterator[None]:
     ]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     configs = _peft_configs(model)
+    labels = _labels(model)
     active = [
         (module, module._active_adapter)
         for module in model.modules()
@@ -52,7 +53,17 @@ def untouched_on_error(model: nn.Module) -> Iterator[None]:
         for module, name in active:
             module._active_adapter = name
         _restore_peft_configs(model, configs)
+        for name, names in labels.items():
+            setattr(model.config, name, names)
         raise
+
+
+def _labels(model: Any) -> dict[str, Any]:
+    """The names of a classifier's outputs in a config of transformers."""
+    config = getattr(model, "config", None)
+    return {
+        name: getattr(config, name) for name in ("id2label", "label2id") if hasattr(config, name)
+    }
 
 
 def _peft_configs(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:

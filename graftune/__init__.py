@@ -43,11 +43,18 @@ from graftune.adapters.regularizers import (
 )
 from graftune.adapters.stack import StackConfig
 from graftune.adapters.tuner import BaseModelMismatchError
+from graftune.integrations.class_lists import ClassListError
 from graftune.load import load
 from graftune.recipes import Recipe, recipes
 from graftune.wrap import wrap
 
 if TYPE_CHECKING:
+    from graftune.integrations.class_incremental import (
+        ClassIncrementalTrainer,
+        ClassOrder,
+        TaskRecord,
+        split_tasks,
+    )
     from graftune.integrations.objectives import (
         CausalLM,
         ClassNameClassifier,
@@ -62,7 +69,10 @@ __all__ = [
     "AdapterMismatchError",
     "BaseModelMismatchError",
     "CausalLM",
+    "ClassIncrementalTrainer",
+    "ClassListError",
     "ClassNameClassifier",
+    "ClassOrder",
     "CodaPromptConfig",
     "DeepPromptConfig",
     "Denoising",
@@ -89,6 +99,7 @@ __all__ = [
     "SaraConfig",
     "SelfRegulation",
     "StackConfig",
+    "TaskRecord",
     "Trainer",
     "TrainerMixin",
     "VirtualOutliers",
@@ -98,6 +109,7 @@ __all__ = [
     "mask_classes",
     "outlier_loss",
     "recipes",
+    "split_tasks",
     "start_task",
     "virtual_outliers",
     "wrap",
@@ -106,12 +118,16 @@ __all__ = [
 # Training pulls in much of transformers: only for those who train.
 _LAZY = {
     "CausalLM": "graftune.integrations.objectives.causal_lm",
+    "ClassIncrementalTrainer": "graftune.integrations.class_incremental",
     "ClassNameClassifier": "graftune.integrations.objectives.class_names",
+    "ClassOrder": "graftune.integrations.class_incremental",
     "Denoising": "graftune.integrations.objectives.denoising",
     "ImageClassifier": "graftune.integrations.objectives.image_classes",
+    "TaskRecord": "graftune.integrations.class_incremental",
     "Trainer": "graftune.integrations.trainer",
     "TrainerMixin": "graftune.integrations.trainer",
     "last_checkpoint": "graftune.integrations.trainer",
+    "split_tasks": "graftune.integrations.class_incremental",
 }
 
 

@@ -15,6 +15,7 @@ from graftune.adapters.config import GraftConfig
 from graftune.adapters.folder import read_config, read_shapes
 from graftune.adapters.messages import listing, nearest
 from graftune.adapters.restore import untouched_on_error
+from graftune.integrations.class_lists import check_classes
 from graftune.integrations.hub.fetch import fetch_adapter
 
 _HUB_OPTIONS = frozenset({"revision", "token", "cache_dir", "local_files_only", "force_download"})
@@ -51,7 +52,8 @@ def load(
 
     Raises:
         FileNotFoundError: no adapter there.
-        ValueError: a pickle file, a truncated, corrupt or empty file, an unknown method, an
+        ValueError: a pickle file, a truncated, corrupt or empty file, an unknown method, a
+            classifier of other classes than the base model's (`ClassListError`), an
             adapter that does not fit (`AdapterMismatchError`) or that belongs to another base
             (`BaseModelMismatchError`). The base model is then as it was.
 
@@ -81,6 +83,7 @@ def load(
             base.load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **peft_options)
             model = base
         else:
+            check_classes(base, folder)
             fit_classifier(base, getattr(config, "modules_to_save", None) or (), shapes)
             model = PeftModel.from_pretrained(
                 base,

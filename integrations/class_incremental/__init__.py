@@ -11,9 +11,10 @@ from graftune.integrations.class_incremental.metrics import (
     metrics,
 )
 from graftune.integrations.class_incremental.plots import draw_curves, draw_matrix
-from graftune.integrations.class_incremental.record import ClassListError, TaskRecord
+from graftune.integrations.class_incremental.record import TaskRecord
 from graftune.integrations.class_incremental.tasks import ClassOrder, TaskSplit, split_tasks
 from graftune.integrations.class_incremental.trainer import ClassIncrementalTrainer
+from graftune.integrations.class_lists import ClassListError
 
 __all__ = [
     "METRICS",

@@ -11,14 +11,10 @@ from typing import Any
 from graftune.adapters.messages import listing
 from graftune.integrations.class_incremental.metrics import METRICS, curve, metrics
 from graftune.integrations.class_incremental.tasks import ClassOrder
+from graftune.integrations.class_lists import RECORD, ClassListError
 from graftune.integrations.trainer.whole import what_is_missing
 
-RECORD = "class_incremental.json"
 _TASK = "task-"
-
-
-class ClassListError(ValueError):
-    """A classifier's outputs are not the classes that it is asked about."""
 
 
 @dataclass(frozen=True)

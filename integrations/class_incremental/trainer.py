@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments, set_seed
 
 from graftune.adapters.checkpoint import training_checkpoint
-from graftune.adapters.classifier import grow_classifier
+from graftune.adapters.classifier import grow_classifier, name_outputs
 from graftune.adapters.folder import read_config
 from graftune.adapters.messages import nearest
 from graftune.adapters.prompt_pools import start_task
@@ -225,8 +225,9 @@ class ClassIncrementalTrainer:
         self._grow(self.order.outputs(task).stop)
 
     def _grow(self, outputs: int) -> None:
-        """Let the classifier have at least so many outputs; it may have been larger."""
+        """Let the classifier have at least so many outputs, by name; it may have been larger."""
         grow_classifier(self.model, self.head, max(outputs, _layer(self).out_features))
+        name_outputs(self.model, self.order.names[:outputs])
 
     def _outlier_phase(
         self,

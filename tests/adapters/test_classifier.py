@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graftune
-from graftune.adapters.classifier import fit_classifier, grow_classifier, mask_classes
+from graftune.adapters.classifier import fit_classifier, grow_classifier, mask_classes, name_outputs
 from support.models import MODELS
 
 CASE = MODELS["transformers-vit"]
@@ -76,7 +76,23 @@ def test_all_adapters_and_the_base_grow_alike() -> None:
         logits = model(**CASE.batch()).logits
     torch.testing.assert_close(logits[:, :5], before, rtol=0, atol=0)
     assert logits.shape == (4, 8)
-    assert model.unload().classifier.out_features == 8
+    base = model.unload()
+    assert base.classifier.out_features == base.config.num_labels == 8
+
+
+def test_a_config_has_a_label_for_each_output() -> None:
+    model = wrapped()
+    config = model.config
+    name_outputs(model, ["cat", "owl"])
+    assert list(config.id2label.values()) == ["cat", "owl", "LABEL_2", "LABEL_3", "LABEL_4"]
+    grow_classifier(model, "classifier", 6)
+    assert config.num_labels == 6
+    assert (config.id2label[0], config.id2label[5]) == ("cat", "LABEL_5")
+    assert (config.label2id["owl"], config.label2id["LABEL_5"]) == (1, 5)
+    config.num_labels = 3  # of something else than this classifier's outputs
+    grow_classifier(model, "classifier", 7)
+    assert config.num_labels == 3
+    name_outputs(MODELS["timm-vit"].build(), ["cat"])  # which has no such config
 
 
 @pytest.mark.parametrize("method", ["ovor", "lora"])
@@ -106,7 +122,7 @@ def test_a_file_that_does_not_fit_leaves_the_base_as_it_was(tmp_path: Path) -> N
     base.vit.layers[0].attention.k_proj.weight = other
     with pytest.raises(graftune.BaseModelMismatchError):
         graftune.load(base, tmp_path)
-    assert base.classifier.out_features == 5
+    assert base.classifier.out_features == base.config.num_labels == 5
 
 
 def test_only_linear_classifiers_of_smaller_size_are_fitted() -> None:
