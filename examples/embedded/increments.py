@@ -150,9 +150,9 @@ class VisionTower(CLIPVisionModel):
         super().__init__(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
-    def forward(self, pixel_values: Tensor) -> ImageClassifierOutput:
-        """Return logits, (B, classes), of images, (B, 3, 48, 48)."""
-        features = super().forward(pixel_values=pixel_values).pooler_output  # (B, 192)
+    def forward(self, pixel_values: Tensor, **options: Any) -> ImageClassifierOutput:
+        """Return logits, (B, classes), of images, (B, 3, 48, 48), with the tower's own options."""
+        features = super().forward(pixel_values=pixel_values, **options).pooler_output  # (B, 192)
         return ImageClassifierOutput(logits=self.classifier(features))
 
 
