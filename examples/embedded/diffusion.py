@@ -55,6 +55,16 @@ def to_images(samples: Tensor) -> np.ndarray:
     return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
+    """Put pictures of one size into one, row by row."""
+    width, height = images[0].width + gap, images[0].height + gap
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
+    for place, image in enumerate(images):
+        sheet.paste(image, (place % columns * width, place // columns * height))
+    return sheet
+
+
 @torch.no_grad()
 def encode_texts(text_encoder: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """Return the text tower's states: (N, 12, 128)."""
@@ -92,7 +102,7 @@ class EmojiPipeline(DiffusionPipeline):
         names: Sequence[str],
         seeds: Sequence[int] | None = None,
         steps: int = 30,
-        guidance: float = 2.0,
+        guidance: float = 1.0,
         batch: int = 64,
     ) -> list[Image.Image]:
         """Return one picture a name.
@@ -101,7 +111,8 @@ class EmojiPipeline(DiffusionPipeline):
             names: what to draw.
             seeds: of the noise, one a name; None: 0, 1, 2, ...
             steps: of the sampler, DDIM.
-            guidance: how far to go beyond the prediction without a text; 1 is the prediction.
+            guidance: how far to go beyond the prediction without a text; 1 is the prediction with
+                it, and best here: the model knows each of its pictures by name.
             batch: pictures at once.
         """
         seeds = range(len(names)) if seeds is None else seeds
@@ -117,13 +128,13 @@ class EmojiPipeline(DiffusionPipeline):
     ) -> Tensor:
         sampler = DDIMScheduler.from_config(self.scheduler.config)
         sampler.set_timesteps(steps, device=samples.device)
-        texts = encode_texts(self.text_encoder, self.tokenizer, [*names, *[""] * len(names)])
+        asked = list(names) if guidance == 1 else [*names, *[""] * len(names)]
+        texts = encode_texts(self.text_encoder, self.tokenizer, asked).to(samples.dtype)
         for t in self.progress_bar(sampler.timesteps):
-            both = self.unet(
-                torch.cat([samples, samples]), t, encoder_hidden_states=texts.to(samples.dtype)
-            ).sample
-            told, untold = both.chunk(2)
-            samples = sampler.step(torch.lerp(untold, told, guidance), t, samples).prev_sample
+            both = samples.repeat(len(asked) // len(names), 1, 1, 1)
+            told, *untold = self.unet(both, t, encoder_hidden_states=texts).sample.split(len(names))
+            velocity = torch.lerp(untold[0], told, guidance) if untold else told
+            samples = sampler.step(velocity, t, samples).prev_sample
         return samples
 
 

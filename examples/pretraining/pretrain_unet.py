@@ -3,7 +3,9 @@
     python examples/pretraining/pretrain_unet.py --state /tmp/unet
 
 A killed run continues from its last saved state. The loss is `graftune.Denoising` of the velocity;
-one text in ten is empty, for guidance. Pictures are moved a little, so that their number grows.
+one text in ten is empty, for guidance. Half of the pictures are moved a little, so that their
+number grows, and fewer as the learning rate falls. Timesteps in the middle come more often: at the
+first ones the loss is high and says little of what is drawn.
 The weights that are written are a moving average of those that are trained.
 """
 
@@ -71,11 +73,16 @@ class Run:
         count = self.args.batch
         rows = torch.randint(len(self.ink), (count,))
         ink = self.ink[rows]
-        moved = torch.rand(count, 1, 1, 1) < 0.5
+        moved = torch.rand(count, 1, 1, 1) < 0.5 * rate_at(self.step, self.args.steps)
         pixels = 1 - 2 * torch.where(moved, move(ink), ink)
         told = torch.where(torch.rand(count) < 0.1, len(self.ink), rows)
         samples = F.pixel_unshuffle(pixels, BLOCK).to(memory_format=torch.channels_last)
-        return {"sample": samples, "encoder_hidden_states": self.texts[told]}
+        shares = (0.4 + 1.2 * torch.randn(count)).sigmoid()
+        return {
+            "sample": samples,
+            "encoder_hidden_states": self.texts[told],
+            "timesteps": (self.scheduler.config.num_train_timesteps * shares).long(),
+        }
 
     def train_step(self) -> float:
         """One optimizer step; returns the loss."""
@@ -131,9 +138,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--state", type=Path, required=True, help="folder of the resumable state")
     parser.add_argument("--out", type=Path, default=UNET)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=8500)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--save-every", type=int, default=200)
     args = parser.parse_args()
 
