@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..precision import at_least_float32
 from ..sharded import check_trained_weights
 from .base import Regularizer, Run, State, Step
-from .functional import exact
 
 
 def diagonal_fisher(
@@ -38,7 +38,7 @@ def diagonal_fisher(
         >>> diagonal_fisher([torch.stack([theta[0], 3 * theta[0]])], {"theta": theta})
         {'theta': tensor([5.])}
     """
-    sums = {name: torch.zeros_like(exact(p)) for name, p in parameters.items()}
+    sums = {name: torch.zeros_like(at_least_float32(p)) for name, p in parameters.items()}
     count = 0
     for of_batch in log_likelihoods:
         for of_image in of_batch:
@@ -47,7 +47,7 @@ def diagonal_fisher(
             )
             for name, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
-                    sums[name] += exact(gradient).square()
+                    sums[name] += at_least_float32(gradient).square()
             count += 1
     if not count:
         raise ValueError("the Fisher information is a mean over images, and there were none")
@@ -130,7 +130,7 @@ class ElasticWeightConsolidation(Regularizer):
                     f"was {tuple(fisher.shape)}: start a new ElasticWeightConsolidation"
                 )
             fisher, before = fisher.to(weights.device), self._weights[name].to(weights.device)
-            parts.append((fisher * (exact(weights) - before).square()).sum())
+            parts.append((fisher * (at_least_float32(weights) - before).square()).sum())
         return {self.name: self.weight / 2 * torch.stack(parts).sum()}
 
     def state_dict(self) -> State:
@@ -147,7 +147,7 @@ def _log_likelihoods(
 ) -> Iterable[Tensor]:
     """log p(y | x) of the labelled images of each batch."""
     for batch in batches:
-        logits = exact(objective(model, **batch)["logits"])
+        logits = at_least_float32(objective(model, **batch)["logits"])
         labels = batch["labels"].to(logits.device)
         labelled = labels >= 0  # -100 does not count
         yield -F.cross_entropy(logits[labelled], labels[labelled], reduction="none")

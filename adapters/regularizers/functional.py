@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..precision import at_least_float32
 
 
 def distillation(logits: Tensor, frozen_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -25,16 +26,11 @@ def distillation(logits: Tensor, frozen_logits: Tensor, temperature: float = 1.0
         >>> distillation(torch.zeros(2, 3), torch.zeros(2, 3))
         tensor([0., 0.])
     """
-    log_p = F.log_softmax(exact(logits) / temperature, dim=-1)
-    log_q = F.log_softmax(exact(frozen_logits) / temperature, dim=-1)
+    log_p = F.log_softmax(at_least_float32(logits) / temperature, dim=-1)
+    log_q = F.log_softmax(at_least_float32(frozen_logits) / temperature, dim=-1)
     return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
 def squared_distance(values: Tensor, frozen_values: Tensor) -> Tensor:
     """Return the mean over the last axis of (v − v₀)², for each position: (..., D) to (...)."""
-    return (exact(values) - exact(frozen_values)).square().mean(-1)
-
-
-def exact(values: Tensor) -> Tensor:
-    """Return values in float32 or better."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return (at_least_float32(values) - at_least_float32(frozen_values)).square().mean(-1)

@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..precision import at_least_float32
 from .base import Gradients, Need, Regularizer, Run, State, Step
 from .frozen_distillation import frozen_divergence
-from .functional import exact
 
 
 def gradient_dropout(
@@ -38,7 +38,7 @@ def gradient_dropout(
         >>> gradient_dropout(g, k, torch.full((3,), 0.5), weight=0.3)
         tensor([1.0000, 1.0000, 0.7000])
     """
-    g, k = exact(task_grad), exact(frozen_grad)
+    g, k = at_least_float32(task_grad), at_least_float32(frozen_grad)
     agreement = (1 + g.sign() * (g + k) / (g.abs() + k.abs() + 1e-8)) / 2
     return torch.where(agreement > uniform, task_grad, (1 - weight) * task_grad)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..precision import at_least_float32
 from ..sharded import check_trained_weights, spread_like, whole
 from ..weights import weight_changes
 from .base import Regularizer, Run, State, Step
@@ -103,7 +104,7 @@ class L2ToStart(Regularizer):
 
 
 def _half_square(change: Any) -> Tensor:
-    return change().float().square().sum() / 2
+    return at_least_float32(change()).square().sum() / 2
 
 
 def _sum(values: Iterable[Tensor]) -> Tensor:

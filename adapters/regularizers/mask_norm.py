@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..precision import at_least_float32
 from ..sharded import check_trained_weights, whole
 from .base import Regularizer, Run, Step
-from .functional import exact
 
 PREFIX = "mask_tuning_"
 
@@ -29,7 +29,7 @@ def mask_norm(scores: Iterable[Tensor]) -> Tensor:
         >>> mask_norm([torch.tensor([3.0, 4.0]), torch.ones(2, 2)])
         tensor(7.)
     """
-    return torch.stack([whole(torch.linalg.vector_norm(exact(m))) for m in scores]).sum()
+    return torch.stack([whole(torch.linalg.vector_norm(at_least_float32(m))) for m in scores]).sum()
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..messages import warn_once
-from .functional import exact
+from ..precision import at_least_float32
 
 Center = Literal["boundary", "origin"]
 
@@ -106,7 +106,7 @@ def virtual_outliers(
         ]
         return torch.stack(drawn)
     _check_features(features)
-    features = exact(features.detach())
+    features = at_least_float32(features.detach())
     count, width = features.shape
     if count < max(neighbours, select):
         warn_once(
@@ -231,12 +231,12 @@ def outlier_loss(
 
 def too_high(logits: Tensor, energy: float, huber: bool = True) -> Tensor:
     """Return h(max(0, E − m)) of each row of logits: (B, C) to (B,)."""
-    return _penalty((-exact(logits).logsumexp(-1) - energy).relu(), huber)
+    return _penalty((-at_least_float32(logits).logsumexp(-1) - energy).relu(), huber)
 
 
 def too_low(logits: Tensor, energy: float, huber: bool = True) -> Tensor:
     """Return h(max(0, m − E)) of each row of logits: (M, C) to (M,)."""
-    return _penalty((energy + exact(logits).logsumexp(-1)).relu(), huber)
+    return _penalty((energy + at_least_float32(logits).logsumexp(-1)).relu(), huber)
 
 
 def _penalty(excess: Tensor, huber: bool) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from graftune.adapters.precision import at_least_float32
 from graftune.integrations.objectives import taps
 from graftune.integrations.objectives.labels import IGNORED, check_labels, cross_entropy
 from graftune.integrations.objectives.unwrap import base_of, tensor_of
@@ -108,12 +109,15 @@ class CausalLM(nn.Module):
 
         Returns:
             For each sequence the summed loss, the number of tokens that were predicted right and
-            the number of tokens predicted: (B, 3), float32.
+            the number of tokens predicted: (B, 3), float32 or better.
         """
         targets = next_tokens(labels)  # (B, L)
         # (B, V, L): cross entropy wants the classes on axis 1.
         losses = F.cross_entropy(
-            logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
+            at_least_float32(logits).transpose(1, 2),
+            targets,
+            ignore_index=IGNORED,
+            reduction="none",
         )
         right = logits.argmax(-1) == targets
         return torch.stack([losses.sum(1), right.sum(1), (targets != IGNORED).sum(1)], dim=1)

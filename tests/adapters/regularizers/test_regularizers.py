@@ -87,6 +87,14 @@ def test_l2_of_the_merged_weights_is_their_distance_to_the_base(method: str) -> 
     assert value.item() == pytest.approx(float(distance), rel=1e-4)
 
 
+def test_l2_of_the_merged_weights_keeps_the_precision_of_float64() -> None:
+    model = trained("flora").double()
+    value = L2ToStart(weight=2.0, of="merged").terms(step(model))["l2_to_start"]
+    squares = [float(change().square().sum()) for _, change in weight_changes(model)]
+    assert value.dtype == torch.float64
+    assert value.item() == pytest.approx(sum(squares), rel=1e-14)
+
+
 def test_weight_changes_are_named_by_the_bare_model() -> None:
     names = {name for name, _ in weight_changes(trained("lora"))}
     assert names == {"dilated.weight", "head.weight"}

@@ -116,6 +116,15 @@ def test_metrics_are_those_of_all_tokens_together() -> None:
     )
 
 
+def test_metrics_keep_the_precision_of_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 9, dtype=torch.float64, generator=generator)
+    labels = torch.randint(9, (2, 5), generator=generator)
+    rows = CausalLM().preprocess_logits_for_metrics(logits, labels)
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    torch.testing.assert_close(rows[:, 0], losses.sum(1), rtol=1e-14, atol=0)
+
+
 def test_metrics_in_transformers_trainer(tmp_path: Any) -> None:
     model, objective = MODELS["transformers-llama"].build(), CausalLM()
     lengths = (7, 4, 2, 5, 6)
