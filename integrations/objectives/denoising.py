@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from graftune.adapters.precision import at_least_float32
 from graftune.integrations.objectives import taps
 from graftune.integrations.objectives.labels import divided
 from graftune.integrations.objectives.noising import Density, noising
 from graftune.integrations.objectives.unwrap import base_of, tensor_of
+
+# Transformers of flows that are given σ as the timestep, by how their classes' names begin; and
+# those for which time runs from noise to sample and the prediction points the other way.
+_GIVEN_SIGMA = ("AuraFlow", "Chroma", "Flux", "LongCatImage", "OvisImage", "QwenImage")
+_REVERSED = ("Lumina", "Mochi", "ZImage")
 
 
 class Denoising(nn.Module):
@@ -19,10 +25,12 @@ class Denoising(nn.Module):
 
     x_t = √ᾱ_t · x + √(1 − ᾱ_t) · ε with ε normal and t uniform over the scheduler's training
     timesteps, and loss = mean over samples of mean |model(x_t, t) − y|², where y = ε for the
-    prediction type "epsilon" (Ho et al., arXiv 2006.11239, equation 14) and
+    prediction type "epsilon" (Ho et al., arXiv 2006.11239, equation 14),
     y = √ᾱ_t · ε − √(1 − ᾱ_t) · x for "v_prediction" (Salimans and Ho, arXiv 2202.00512, appendix
-    D). With a flow-matching scheduler x_t = (1 − σ) · x + σ · ε and y = ε − x (Esser et al., arXiv
-    2403.03206, section 2); Flux's transformers are given σ as the timestep, others T · σ.
+    D) and y = x for "sample". With a flow-matching scheduler x_t = (1 − σ) · x + σ · ε and
+    y = ε − x (Esser et al., arXiv 2403.03206, section 2); the transformers of Flux, Chroma,
+    QwenImage, AuraFlow, OvisImage and LongCatImage are given σ as the timestep, others T · σ. The
+    loss is computed in float32, or in float64 where the samples are.
 
     Of a model that predicts variances as well, with twice as many channels, the first half counts.
     It owns no weights. "features" has "mid", the output of a UNet's middle block: (B, channels,
@@ -35,10 +43,13 @@ class Denoising(nn.Module):
         prior_weight: λ of prior preservation (DreamBooth, arXiv 2208.12242, section 3.2): by what
             the losses of samples marked as `prior`, such as pictures that the base model made, are
             multiplied.
+        snr_gamma: γ of Min-SNR-γ (arXiv 2303.09556), which weighs the samples' losses by their
+            timesteps; None: all alike. Its authors take 5. Not for flows.
 
     Raises:
-        ValueError: the scheduler cannot be used for training, or λ < 0; when called, the
-            prediction's shape is not the sample's, or features of a model without a middle block.
+        ValueError: the scheduler cannot be used for training, λ < 0 or γ ≤ 0; when called, the
+            prediction's shape is not the sample's, features of a model without a middle block, a
+            model that embeds a guidance scale and is given none, or one whose time is reversed.
         TypeError: when called, the model returns no sample.
 
     Example:
@@ -48,12 +59,16 @@ class Denoising(nn.Module):
     """
 
     def __init__(
-        self, scheduler: Any, density: Density = "uniform", prior_weight: float = 1.0
+        self,
+        scheduler: Any,
+        density: Density = "uniform",
+        prior_weight: float = 1.0,
+        snr_gamma: float | None = None,
     ) -> None:
         super().__init__()
         if not prior_weight >= 0:
             raise ValueError(f"`prior_weight` must be at least 0, got {prior_weight!r}")
-        self.noising = noising(scheduler, density)
+        self.noising = noising(scheduler, density, snr_gamma)
         self.prior_weight = prior_weight
 
     def draw(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,12 +106,14 @@ class Denoising(nn.Module):
             prior: booleans, (B,): samples of prior preservation; None: there are none.
             num_items_in_batch: by what the sum of the samples' losses is divided; default: B.
             features: return the output of the UNet's middle block as well.
-            **conditioning: what else the model takes, such as encoder_hidden_states (B, L, D) or
-                class_labels (B,).
+            **conditioning: what else the model takes, such as encoder_hidden_states (B, L, D),
+                class_labels (B,), SDXL's added_cond_kwargs or Flux's guidance (B,).
         """
+        self._check(base_of(model), conditioning)
         drawn = self.draw({"sample": sample, "noise": noise, "timesteps": timesteps})
-        noise, timesteps = drawn["noise"].float(), drawn["timesteps"]
-        noised = self.noising.noised(sample.float(), noise, timesteps).to(sample.dtype)
+        noise, timesteps = at_least_float32(drawn["noise"]), drawn["timesteps"]
+        exact = at_least_float32(sample)
+        noised = self.noising.noised(exact, noise, timesteps).to(sample.dtype)
         tap = taps.tap_output(self._middle(model, features))
         with tap.switched(features):
             output = model(noised, timestep=self._as_taken(model, timesteps), **conditioning)
@@ -104,8 +121,11 @@ class Denoising(nn.Module):
         result: dict[str, Any] = {"logits": prediction}
         if features:
             result["features"] = {"mid": tap.take()}
-        error = prediction.float() - self.noising.target(sample.float(), noise, timesteps)
+        error = at_least_float32(prediction) - self.noising.target(exact, noise, timesteps)
         losses = error.square().flatten(1).mean(1)  # (B,)
+        weights = self.noising.weights(timesteps)
+        if weights is not None:
+            losses = losses * weights.to(losses)
         if prior is not None:
             losses = torch.where(prior.to(losses.device), self.prior_weight * losses, losses)
         items = len(sample) if num_items_in_batch is None else num_items_in_batch
@@ -116,8 +136,22 @@ class Denoising(nn.Module):
         """Return the number of samples in a batch."""
         return len(batch["sample"])
 
+    def _check(self, base: nn.Module, conditioning: Mapping[str, Any]) -> None:
+        name = type(base).__name__
+        if name.startswith(_REVERSED):
+            raise ValueError(
+                f"time runs from noise to sample in {name}, and it predicts the sample "
+                "less the noise: there is no ready-made objective for it"
+            )
+        config: Any = getattr(base, "config", None)
+        if getattr(config, "guidance_embeds", False) and conditioning.get("guidance") is None:
+            raise ValueError(
+                f"{name} embeds a guidance scale: give `guidance`, one number a sample, (B,). "
+                "diffusers' training scripts take 1 to 3.5"
+            )
+
     def _as_taken(self, model: nn.Module, timesteps: torch.Tensor) -> torch.Tensor:
-        if type(base_of(model)).__name__.startswith("Flux"):
+        if type(base_of(model)).__name__.startswith(_GIVEN_SIGMA):
             return timesteps / self.noising.scheduler.config.num_train_timesteps
         return timesteps
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graftune.adapters.messages import listing
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 Density = Literal["uniform", "logit_normal"]
 
 
@@ -34,18 +34,24 @@ class Noising(Protocol):
         """Return what the model predicts, of the shape of the sample."""
         ...
 
+    def weights(self, timesteps: Tensor) -> Tensor | None:
+        """Return by what the samples' losses are multiplied, (count,); None where by nothing."""
+        ...
+
 
 @dataclass(frozen=True)
 class Diffusion:
-    """x_t = √ᾱ_t · x + √(1 − ᾱ_t) · ε, of which ε or the velocity is predicted.
+    """x_t = √ᾱ_t · x + √(1 − ᾱ_t) · ε, of which ε, the velocity or x is predicted.
 
     Args:
         scheduler: of diffusers, made for training.
         density: "uniform".
+        snr_gamma: γ of min-SNR weights, or None.
     """
 
     scheduler: Any
     density: Density = "uniform"
+    snr_gamma: float | None = None
 
     def __post_init__(self) -> None:
         name, config = type(self.scheduler).__name__, getattr(self.scheduler, "config", None)
@@ -77,10 +83,48 @@ class Diffusion:
         return self.scheduler.add_noise(sample, noise, timesteps)
 
     def target(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return ε, or √ᾱ_t · ε − √(1 − ᾱ_t) · x."""
-        if self.scheduler.config.prediction_type == "epsilon":
-            return noise
+        """Return ε, √ᾱ_t · ε − √(1 − ᾱ_t) · x, or x."""
+        match self.scheduler.config.prediction_type:
+            case "epsilon":
+                return noise
+            case "sample":
+                return sample
         return self.scheduler.get_velocity(sample, noise, timesteps)
+
+    def weights(self, timesteps: Tensor) -> Tensor | None:
+        """Return min(SNR, γ) of each timestep in terms of what is predicted; None without γ."""
+        if self.snr_gamma is None:
+            return None
+        alphas = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+        kind: Any = self.scheduler.config.prediction_type
+        return min_snr_weights(alphas, self.snr_gamma, kind)
+
+
+def min_snr_weights(
+    alphas: Tensor, gamma: float, prediction_type: Literal["epsilon", "v_prediction", "sample"]
+) -> Tensor:
+    """Return the weights of Min-SNR-γ (Hang et al., arXiv 2303.09556, section 3.4).
+
+    With SNR = ᾱ / (1 − ᾱ): min(SNR, γ) for a predicted x, min(SNR, γ) / SNR for ε, and
+    min(SNR, γ) / (SNR + 1) for the velocity, which all weigh one and the same error of x.
+
+    Args:
+        alphas: ᾱ_t, (B,), 0 to 1.
+        gamma: γ > 0.
+        prediction_type: what the model predicts.
+
+    Returns:
+        (B,), at least 0.
+
+    Example:
+        >>> min_snr_weights(torch.tensor([0.5, 0.9]), 5.0, "epsilon")
+        tensor([1.0000, 0.5556])
+    """
+    snr = alphas / (1 - alphas)
+    if prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1)  # where the SNR is 0 as well
+    clipped = snr.clamp(max=gamma)
+    return clipped / (snr + 1) if prediction_type == "v_prediction" else clipped
 
 
 @dataclass(frozen=True)
@@ -123,14 +167,27 @@ class Flow:
         """Return ε − x."""
         return noise - sample
 
+    def weights(self, timesteps: Tensor) -> Tensor | None:
+        """Return None: flows choose by their density."""
+        return None
 
-def noising(scheduler: Any, density: Density = "uniform") -> Noising:
+
+def noising(
+    scheduler: Any, density: Density = "uniform", snr_gamma: float | None = None
+) -> Noising:
     """Return how a scheduler of diffusers noises samples.
 
     Raises:
         ValueError: it is made for sampling, its prediction type is not supported, or it does not
-            have that density.
+            have that density or min-SNR weights.
     """
+    if snr_gamma is not None and not snr_gamma > 0:
+        raise ValueError(f"`snr_gamma` must be above 0 or None, got {snr_gamma!r}")
     if hasattr(scheduler, "scale_noise") and hasattr(scheduler, "sigmas"):
+        if snr_gamma is not None:
+            raise ValueError(
+                f"`snr_gamma` weighs diffusion's losses, and {type(scheduler).__name__} is of a "
+                "flow: leave it out; density='logit_normal' draws more of the middle timesteps"
+            )
         return Flow(scheduler, density)
-    return Diffusion(scheduler, density)
+    return Diffusion(scheduler, density, snr_gamma)

@@ -16,6 +16,7 @@ from diffusers import (
     FluxTransformer2DModel,
     PNDMScheduler,
     SD3Transformer2DModel,
+    UNet2DConditionModel,
     UNet2DModel,
 )
 from peft import LoraConfig
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 import graftune
 from graftune import Denoising
+from graftune.integrations.objectives.noising import min_snr_weights
 from support.models import MODELS
 
 SAMPLE = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -57,15 +59,15 @@ def case(name: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def target(scheduler: Any, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """Written out: ε, or √ᾱ ε − √(1 − ᾱ) x."""
-    if scheduler.config.prediction_type == "epsilon":
-        return noise
+    """Written out: ε, x, or √ᾱ ε − √(1 − ᾱ) x."""
+    if scheduler.config.prediction_type in ("epsilon", "sample"):
+        return noise if scheduler.config.prediction_type == "epsilon" else SAMPLE
     alpha = scheduler.alphas_cumprod[timesteps][:, None, None, None]
     return alpha.sqrt() * noise - (1 - alpha).sqrt() * SAMPLE
 
 
 @pytest.mark.parametrize("name", CONDITIONS)
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("scheduler_type", [DDPMScheduler, DDIMScheduler])
 def test_the_loss_is_that_of_the_training_scripts(
     name: str, prediction_type: str, scheduler_type: Any
@@ -185,7 +187,7 @@ def test_features_of_a_model_without_a_middle_block_are_named() -> None:
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (DDPMScheduler(prediction_type="sample"), "'sample'; allowed are 'epsilon', 'v_predict"),
+        (DDPMScheduler(prediction_type="score"), "'score'; allowed are 'epsilon', 'v_predict"),
         (None, "NoneType has the prediction type None"),
         (EulerDiscreteScheduler(), r"EulerDiscreteScheduler is made for sampling.*from_config"),
         (PNDMScheduler(), r"PNDMScheduler is made for sampling.*from_config"),
@@ -206,7 +208,9 @@ def test_the_advised_scheduler_has_the_samplers_noise(sampler: Any) -> None:
     torch.testing.assert_close(scheduler.alphas_cumprod, given.alphas_cumprod)
 
 
-def flow_transformer(name: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+def flow_transformer(
+    name: str, guidance_embeds: bool = False
+) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     """A small transformer, samples for it, and what else it takes."""
     torch.manual_seed(0)
     sizes = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
@@ -234,6 +238,7 @@ def flow_transformer(name: str) -> tuple[nn.Module, dict[str, Any], dict[str, An
         joint_attention_dim=32,
         pooled_projection_dim=32,
         axes_dims_rope=(4, 6, 6),
+        guidance_embeds=guidance_embeds,
     )
     places = {"img_ids": torch.zeros(64, 3), "txt_ids": torch.zeros(5, 3)}
     return model.eval(), {"sample": SAMPLE.flatten(2).transpose(1, 2)}, {**texts, **places}
@@ -294,3 +299,119 @@ def test_a_prediction_of_another_shape_is_named() -> None:
     model.conv_out = nn.Conv2d(8, 3, 3, padding=1)
     with pytest.raises(ValueError, match=r"has the shape \(4, 3, 8, 8\), the sample \(4, 4, 8, 8"):
         Denoising(DDPMScheduler())(model, **given)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weighs_the_samples_losses(prediction_type: str) -> None:
+    model, given = case("unconditional")
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    objective = Denoising(scheduler, snr_gamma=5.0)
+    timesteps = torch.tensor([0, 10, 400, 999])
+    batch = objective.draw({**given, "timesteps": timesteps})
+    with torch.no_grad():
+        output = objective(model, **batch)
+    alphas = scheduler.alphas_cumprod[timesteps]
+    snr = alphas / (1 - alphas)
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones(4)}[prediction_type]
+    weights = torch.minimum(snr, torch.tensor(5.0)) / divisor
+    error = output["logits"] - target(scheduler, batch["noise"], timesteps)
+    losses = error.square().flatten(1).mean(1)
+    torch.testing.assert_close(output["loss"], (weights * losses).mean())
+
+
+def test_min_snr_at_a_terminal_snr_of_zero_is_finite() -> None:
+    alphas = torch.tensor([0.0, 0.5], dtype=torch.float64)
+    assert min_snr_weights(alphas, 5.0, "epsilon").tolist() == [1.0, 1.0]
+    assert min_snr_weights(alphas, 5.0, "v_prediction").tolist() == [0.0, 0.5]
+    assert min_snr_weights(alphas, 0.5, "sample").tolist() == [0.0, 0.5]
+
+
+def test_min_snr_is_refused_where_it_means_nothing() -> None:
+    with pytest.raises(ValueError, match=r"`snr_gamma` weighs diffusion's.*of a flow"):
+        Denoising(FlowMatchEulerDiscreteScheduler(), snr_gamma=5.0)
+    with pytest.raises(ValueError, match="`snr_gamma` must be above 0 or None, got 0"):
+        Denoising(DDPMScheduler(), snr_gamma=0)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_model_in_float64_keeps_its_precision(prediction_type: str) -> None:
+    model, given = case("unconditional")
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    objective = Denoising(scheduler)
+    batch = objective.draw({"sample": given["sample"].double()})
+    with torch.no_grad():
+        output = objective(model.double(), **batch)
+    alphas = scheduler.alphas_cumprod.double()[batch["timesteps"]][:, None, None, None]
+    sample, noise = batch["sample"], batch["noise"]
+    with torch.no_grad():
+        noised = scheduler.add_noise(sample, noise, batch["timesteps"])
+        own = model(noised, batch["timesteps"]).sample
+    y = {
+        "epsilon": noise,
+        "v_prediction": alphas.sqrt() * noise - (1 - alphas).sqrt() * sample,
+        "sample": sample,
+    }[prediction_type]
+    assert output["loss"].dtype == torch.float64
+    torch.testing.assert_close(output["loss"], F.mse_loss(own, y), rtol=1e-12, atol=0)
+
+
+def test_sdxls_conditions_are_handed_on() -> None:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=24 + 6 * 4,
+    ).eval()
+    added = {"text_embeds": torch.randn(4, 24), "time_ids": torch.randn(4, 6)}
+    texts = torch.randn(4, 5, 16)
+    objective = Denoising(DDPMScheduler())
+    batch = objective.draw({"sample": SAMPLE})
+    with torch.no_grad():
+        output = objective(unet, **batch, encoder_hidden_states=texts, added_cond_kwargs=added)
+        noised = DDPMScheduler().add_noise(SAMPLE, batch["noise"], batch["timesteps"])
+        own = unet(noised, batch["timesteps"], texts, added_cond_kwargs=added).sample
+    torch.testing.assert_close(output["loss"], F.mse_loss(own, batch["noise"]))
+
+
+def test_a_guidance_scale_that_is_embedded_has_to_be_given() -> None:
+    model, given, conditions = flow_transformer("flux", guidance_embeds=True)
+    objective = Denoising(FlowMatchEulerDiscreteScheduler())
+    batch = objective.draw(given)
+    with pytest.raises(ValueError, match="embeds a guidance scale: give `guidance`"):
+        objective(model, **batch, **conditions)
+    with torch.no_grad():
+        losses = [
+            objective(model, **batch, **conditions, guidance=torch.full((4,), scale))["loss"]
+            for scale in (1.0, 3.5)
+        ]
+    assert not torch.equal(*losses)
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"), [("QwenImageTransformer2DModel", 0.25), ("SanaTransformer2DModel", 250.0)]
+)
+def test_timesteps_are_in_the_models_own_unit(name: str, taken: float) -> None:
+    seen: list[torch.Tensor] = []
+
+    def forward(self: nn.Module, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        seen.append(timestep)
+        return x
+
+    model = type(name, (nn.Module,), {"forward": forward})()
+    objective = Denoising(FlowMatchEulerDiscreteScheduler())
+    objective(model, sample=SAMPLE, timesteps=torch.full((4,), 250.0))
+    assert seen[0].tolist() == [taken] * 4
+
+
+def test_reversed_time_is_refused_by_name() -> None:
+    model = type("Lumina2Transformer2DModel", (nn.Module,), {})()
+    with pytest.raises(ValueError, match="time runs from noise to sample in Lumina2Transformer"):
+        Denoising(FlowMatchEulerDiscreteScheduler())(model, sample=SAMPLE)
