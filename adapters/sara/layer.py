@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..layer_types import SUPPORTED
+from ..offloaded import check_in_memory
 from ..scaling import ScaledLayer
 from ..sparse_parts import SparsePart
 from ..substitute import call_with
@@ -144,6 +145,7 @@ class SaraLayer(nn.Module, ScaledLayer):
     def _scaled(self, adapter: str, name: str) -> Tensor:
         """Return the values that the module runs with: w + s · (v - w)."""
         values, scale = self.values(adapter, name), self.scaling[adapter]
+        check_in_memory(values)
         if scale == 1:
             return values
         start = self._start(adapter, name).to(values.dtype)

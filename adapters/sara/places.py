@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 2**22  # weights in a block of rows: 16 MiB in float32
+BLOCK = 2**20  # weights in a block of rows: 4 MiB in float32
+WHOLE = 4  # blocks that a tensor may be as large as and still be one: splitting costs time, too
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,11 @@ class Places:
         """Return the places at which a boolean tensor is True."""
         shape = tuple(mask.shape)
         rows = mask.reshape(shape[0] if shape else 1, -1)
-        many = max(1, BLOCK // max(rows.shape[1], 1))
+        is_whole = rows.numel() <= WHOLE * BLOCK
+        many = max(1, len(rows) if is_whole else BLOCK // rows.shape[1])
         gaps, blocks = [], []
         start, jumps_before = 0, 0
-        for first in range(0, rows.shape[0], many):
+        for first in range(0, len(rows), many):
             part = rows[first : first + many]
             indices = part.reshape(-1).nonzero().squeeze(1)
             gap = indices.diff(prepend=indices.new_zeros(1))
@@ -126,9 +128,7 @@ class Places:
             return filled
         return torch.empty_like(given, dtype=dtype).copy_(filled)  # channels_last, for one
 
-    def take(
-        self, tensor: Tensor, block: Block | None = None, at: Tensor | None = None
-    ) -> Tensor:
+    def take(self, tensor: Tensor, block: Block | None = None, at: Tensor | None = None) -> Tensor:
         """Return the entries of a tensor, or of a block of it, at the places: (n,).
 
         `at` are the block's `indices`, where they are known already.

@@ -71,7 +71,7 @@ def inputs(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize("block", [12, 2**22], ids=["in blocks", "whole"])
+@pytest.mark.parametrize("block", [4, 2**20], ids=["in blocks", "whole"])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_dense_layer(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places_module, "BLOCK", block)
