@@ -13,11 +13,8 @@ from graftune.integrations.objectives import ImageClassifier
 from graftune.integrations.objectives.labels import (
     IGNORED,
     accuracies,
-    check_labels,
     cross_entropy,
 )
-
-_OF_A_TASK = "split the data by the order of the classes, which numbers them by their outputs"
 
 
 def task_loss(
@@ -41,12 +38,13 @@ def task_loss(
     """
     counts = labels != IGNORED
     own = torch.where(counts, labels - outputs.start, IGNORED).to(logits.device)
-    if outputs.start and bool((labels[counts] < outputs.start).any()):
+    wrong = labels[counts & ((labels < outputs.start) | (labels >= outputs.stop))]
+    if wrong.numel():
         raise ValueError(
-            f"label {labels[counts].min().item()} is out of range: the classes of this task are "
-            f"the outputs {outputs.start} to {outputs.stop - 1}; {_OF_A_TASK}"
+            f"label {wrong[0].item()} is out of range: the classes of this task are the outputs "
+            f"{outputs.start} to {outputs.stop - 1}; split the data by the order of the classes, "
+            "which numbers them by their outputs"
         )
-    check_labels(own, len(outputs), f"the task has {len(outputs)} classes", _OF_A_TASK)
     chosen = logits[:, outputs.start : outputs.stop]  # (B, classes of the task)
     return cross_entropy(chosen, own, num_items_in_batch, label_smoothing)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -69,6 +70,7 @@ def _run(
 ) -> None:
     import torch
 
+    gc.freeze()  # what was preloaded is no garbage, and takes long to search
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
     if processes > 1:

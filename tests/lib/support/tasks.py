@@ -11,7 +11,11 @@ import pytest
 import torch
 
 import graftune
-from graftune.adapters.regularizers import VirtualOutliers
+from graftune.adapters.regularizers import (
+    ElasticWeightConsolidation,
+    PreviousDistillation,
+    VirtualOutliers,
+)
 from graftune.integrations.class_incremental import (
     ClassIncrementalTrainer,
     TaskSplit,
@@ -113,3 +117,35 @@ def killed_or_done(folder: Path, at: str | None, count: int) -> None:
         trainer = sequence(folder)
         trainer.train(resume=True)
         trainer.end()
+
+
+def learned_by_many(folder: Path) -> None:
+    """Learn tasks in batches of eight, of however many processes; each leaves what it ended with.
+
+    By gradient descent: Adam would make much of the sign of what is nearly zero.
+    """
+    processes, rank = (int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    drawn: list[torch.Tensor] = []
+
+    class Recorded(VirtualOutliers):
+        def prepare(self, *args: Any, **kwargs: Any) -> None:
+            super().prepare(*args, **kwargs)
+            drawn.append(self._outliers.clone())
+
+    virtual = Recorded(neighbours=2, select=2, samples=4, per_class=3, inside_energy=-5.0)
+    trainer = sequence(
+        folder,
+        regularizers=[ElasticWeightConsolidation(1.0), PreviousDistillation(0.5), virtual],
+        arguments_={
+            "per_device_train_batch_size": 8 // processes,
+            "per_device_eval_batch_size": 4 // processes,
+            "optim": "sgd",
+            "learning_rate": 0.05,
+            "save_strategy": "no",
+        },
+    )
+    record = trainer.train()
+    weights = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    found = {"weights": weights, "outliers": drawn, "accuracies": record.accuracies}
+    torch.save(found, folder.with_name(f"{folder.name}-{rank}.pt"))
+    trainer.end()
