@@ -58,13 +58,14 @@ def as_stored(places: Places) -> Tensor:
     return indices.int()
 
 
+def is_of_places(name: str) -> bool:
+    """Say whether a tensor of a file, by its name, is about places and no trained number."""
+    return f".{PROOF}" in name or f".{INDICES}." in name
+
+
 def split(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return what of a file is about places, and the rest."""
-    of_places = {
-        key: tensor
-        for key, tensor in state_dict.items()
-        if f".{PROOF}" in key or f".{INDICES}." in key
-    }
+    of_places = {key: tensor for key, tensor in state_dict.items() if is_of_places(key)}
     return of_places, {k: t for k, t in state_dict.items() if k not in of_places}
 
 

@@ -16,6 +16,7 @@ from graftune.adapters.config import GraftConfig
 from graftune.adapters.folder import check_files, open_tensors, read_config
 from graftune.adapters.mask_tuning import is_stored_mask
 from graftune.adapters.mask_tuning.coding import mask_shape
+from graftune.adapters.sara.stored import is_of_places
 from graftune.adapters.stack import StackConfig
 from graftune.adapters.stack.config import method_of
 
@@ -72,8 +73,8 @@ class AdapterFacts:
 
     @property
     def parameters(self) -> int:
-        """How many numbers are stored."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        """How many numbers are stored, those apart that say where in the base model others are."""
+        return sum(math.prod(s) for name, s in self.shapes.items() if not is_of_places(name))
 
 
 def is_repo_id(name: Any) -> bool:

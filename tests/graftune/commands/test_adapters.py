@@ -113,6 +113,24 @@ def test_inspect_of_an_adapter_that_others_saved(tmp_path: Path, run: Any) -> No
     assert json.loads(run("inspect", tmp_path / "lora", "--json"))["training"] is None
 
 
+@pytest.mark.parametrize("store_indices", [False, True])
+def test_inspect_counts_trained_entries(tmp_path: Path, run: Any, store_indices: bool) -> None:
+    base = torch.nn.Sequential(torch.nn.Linear(40, 50), torch.nn.Linear(50, 40))
+    options = {"num_parameters": 500, "store_indices": store_indices, "regularizers": []}
+    model = graftune.wrap(base, "sara", **options)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path / "sara")
+    printed = run("inspect", tmp_path / "sara")
+    assert "SARA" in printed
+    assert f"{trained:,} in " in printed
+    found = json.loads(run("inspect", tmp_path / "sara", "--json"))
+    assert found["parameters"] == trained
+    assert found["settings"]["num_parameters"] == 500
+    places = [t for t in found["tensors"] if ".sara_values." not in t["name"]]
+    assert {t["dtype"] for t in places} <= ({"U8", "I32"} if store_indices else {"I64"})
+    assert places
+
+
 def test_inspect_says_which_share_is_masked(tmp_path: Path, run: Any) -> None:
     model = graftune.wrap(torch.nn.Sequential(torch.nn.Linear(10, 4)), "mask_tuning")
     with torch.no_grad():
