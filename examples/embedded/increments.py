@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from embedded.model import CLIP
+from embedded.model import CLIP, load_clip
 from embedded.pictures import FAR, Style, load_style, subcategory_text
 from embedded.task import groups_by_class, pixel_values, spread
 from graftune.integrations.class_incremental import ClassOrder, TaskSplit
@@ -162,10 +162,11 @@ def vision_tower(classes: int = CLASSES) -> VisionTower:
     Args:
         classes: outputs of the classifier; those of the first task, as it grows.
     """
-    pretrained = CLIPVisionModel.from_pretrained(CLIP, dtype=torch.float32)
-    pretrained.config.num_labels = classes
-    tower = VisionTower(pretrained.config)
-    tower.load_state_dict({**tower.state_dict(), **pretrained.state_dict()})
+    clip, _ = load_clip()
+    config = clip.config.vision_config
+    config.num_labels, config.name_or_path = classes, str(CLIP)
+    tower = VisionTower(config)
+    tower.load_state_dict({**tower.state_dict(), **clip.vision_model.state_dict()})
     return tower.eval()
 
 
