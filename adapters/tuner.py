@@ -197,11 +197,15 @@ class GraftTuner(BaseTuner):
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str, prefix: str) -> dict[str, torch.Tensor]:
-    """Return the model's tensors of one adapter by their full names."""
+    """Return the model's tensors of one adapter by their full names.
+
+    These are `[...].<prefix>[name].<adapter>[...]`.
+    """
     return {
         key: tensor
         for key, tensor in model.state_dict().items()
-        if f".{prefix}" in key and f".{adapter_name}" in key.rpartition(f".{prefix}")[2]
+        # What follows may be called as adapters are: the parameter that a vector belongs to.
+        if f".{prefix}" in key and key.rpartition(f".{prefix}")[2].split(".")[1:2] == [adapter_name]
     }
 
 

@@ -43,6 +43,7 @@ from graftune.adapters.regularizers import (
 )
 from graftune.adapters.stack import StackConfig
 from graftune.adapters.tuner import BaseModelMismatchError
+from graftune.attached import attached
 from graftune.integrations.class_lists import ClassListError
 from graftune.load import load
 from graftune.recipes import Recipe, recipes
@@ -103,6 +104,7 @@ __all__ = [
     "Trainer",
     "TrainerMixin",
     "VirtualOutliers",
+    "attached",
     "grow_classifier",
     "last_checkpoint",
     "load",

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from torch import nn
 
 from graftune.adapters.checkpoint import check_fits
 from graftune.adapters.classifier import fit_classifier
@@ -17,15 +16,17 @@ from graftune.adapters.messages import listing, nearest
 from graftune.adapters.restore import untouched_on_error
 from graftune.integrations.class_lists import check_classes
 from graftune.integrations.hub.fetch import fetch_adapter
+from graftune.integrations.pipelines import is_pipeline, target_of, tell_diffusers
 
 _HUB_OPTIONS = frozenset({"revision", "token", "cache_dir", "local_files_only", "force_download"})
 _PEFT_OPTIONS = frozenset({"torch_device", "low_cpu_mem_usage", "autocast_adapter_dtype"})
 
 
 def load(
-    base: nn.Module,
+    base: Any,
     adapter: str | Path,
     *,
+    component: str | None = None,
     adapter_name: str = "default",
     is_trainable: bool = False,
     check_base: Literal["error", "warn", "off"] = "error",
@@ -35,9 +36,13 @@ def load(
     """Load a saved adapter onto its base model.
 
     Args:
-        base: the base model, or a `PeftModel` that gets one more adapter of the same method.
+        base: the base model; a `PeftModel` that gets one more adapter of the same method; or a
+            pipeline of diffusers, whose model gets the adapter inside, so that the pipeline uses
+            it from now on, beside adapters of the same method that are there.
         adapter: a folder, or a repository id on the Hub, with `adapter_config.json` and
             `adapter_model.safetensors`. Of this library or of PEFT.
+        component: of a pipeline, the name of the model that the adapter is for, such as
+            "transformer" or "text_encoder"; None finds it by the class that it was trained on.
         adapter_name: the name under which PEFT knows the adapter.
         is_trainable: whether the adapter goes on training; else it is frozen.
         check_base: what to do when the recorded digest says that the adapter was trained on
@@ -48,14 +53,16 @@ def load(
 
     Returns:
         The `peft.PeftModel` with the adapter active (a `PeftModel` given as base keeps its active
-        adapter, as with PEFT's `load_adapter`).
+        adapter, as with PEFT's `load_adapter`). Of a pipeline the one around its model, which
+        switches the adapter off, merges it or takes it out, while the pipeline keeps the model.
 
     Raises:
         FileNotFoundError: no adapter there.
         ValueError: a pickle file, a truncated, corrupt or empty file, an unknown method, a
             classifier of other classes than the base model's (`ClassListError`), an
             adapter that does not fit (`AdapterMismatchError`) or that belongs to another base
-            (`BaseModelMismatchError`). The base model is then as it was.
+            (`BaseModelMismatchError`); a pipeline without the model that it is for. The base
+            model is then as it was.
 
     Example:
         ```python
@@ -64,6 +71,8 @@ def load(
 
         base = CLIPModel.from_pretrained("openai/clip-vit-base-patch16")
         model = graftune.load(base, "user/clip-emoji-flora")
+
+        graftune.load(pipeline, "user/emoji-sara")  # pipeline(...) draws with it
         ```
     """
     _check_options(options, check_base)
@@ -75,18 +84,21 @@ def load(
     if isinstance(config, GraftConfig):
         config.base_check = check_base
     peft_options = {name: value for name, value in options.items() if name in _PEFT_OPTIONS}
+    target = target_of(base, component, config)
 
-    with untouched_on_error(base):
-        if isinstance(base, PeftModel):
-            _check_can_add(base, config, adapter_name)
-            base.add_adapter(adapter_name, config)
-            base.load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **peft_options)
-            model = base
+    with untouched_on_error(target):
+        if isinstance(target, PeftModel):
+            _check_can_add(target, config, adapter_name)
+            target.add_adapter(adapter_name, config)
+            target.load_adapter(
+                str(folder), adapter_name, is_trainable=is_trainable, **peft_options
+            )
+            model = target
         else:
-            check_classes(base, folder)
-            fit_classifier(base, getattr(config, "modules_to_save", None) or (), shapes)
+            check_classes(target, folder)
+            fit_classifier(target, getattr(config, "modules_to_save", None) or (), shapes)
             model = PeftModel.from_pretrained(
-                base,
+                target,
                 str(folder),
                 adapter_name=adapter_name,
                 is_trainable=is_trainable,
@@ -94,6 +106,9 @@ def load(
                 **peft_options,
             )
         _check_tensors(model, adapter_name, shapes)
+    if is_pipeline(base):
+        model.set_adapter(adapter_name, inference_mode=not is_trainable)
+    tell_diffusers(model)
     return model
 
 
@@ -114,6 +129,13 @@ def _check_can_add(model: PeftModel, config: PeftConfig, adapter_name: str) -> N
         raise ValueError(
             f"the model already has an adapter {adapter_name!r}; it has "
             f"{listing(model.peft_config)}. Choose another `adapter_name`."
+        )
+    if config.peft_type != model.peft_type:
+        given, present = (getattr(m, "value", m) for m in (config.peft_type, model.peft_type))
+        raise ValueError(
+            f"the adapter's method is {given}, and the model has {listing(model.peft_config)} of "
+            f"the method {present}: one model takes loaded adapters of one method. Unload or "
+            "delete those first"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -13,13 +14,15 @@ from graftune.adapters.regularizers import Regularizer, record
 from graftune.adapters.restore import untouched_on_error
 from graftune.adapters.stack import StackConfig, add_method
 from graftune.adapters.stack.config import method_of
+from graftune.integrations.pipelines import is_pipeline, target_of, tell_diffusers
 from graftune.methods import Method, fill, method_configs, own_regularizers
 
 
 def wrap(
-    model: nn.Module,
+    model: Any,
     method: Method | Sequence[Method],
     *,
+    component: str | None = None,
     adapter_name: str = "default",
     regularizers: Sequence[Regularizer | Mapping[str, Any]] | None = None,
     tokenizer: Any = None,
@@ -36,10 +39,14 @@ def wrap(
         model: the base model. Its weights are frozen and never changed. A `PeftModel` gets a
             second adapter of the same method, which is added without being activated; or another
             method on top of the one it has, which becomes part of its adapter. What of that was
-            frozen, as adapters are that were loaded without `is_trainable`, stays frozen.
+            frozen, as adapters are that were loaded without `is_trainable`, stays frozen. Of a
+            pipeline of diffusers one model gets the adapter, active and inside, so that the
+            pipeline uses it from now on.
         method: a recipe's name (`graftune.recipes()`) or any PEFT config, `LoraConfig` included;
             the config is copied. A list stacks several methods, which are trained jointly and
             saved as one adapter (`graftune.adapters.stack.StackConfig`).
+        component: of a pipeline, the name of the model to adapt; None: its only unet or
+            transformer.
         adapter_name: the name under which PEFT knows the adapter.
         regularizers: what keeps the adapter honest, recorded in its config and used by
             `graftune.Trainer`: objects such as `graftune.FrozenDistillation()`, or dicts with their
@@ -73,16 +80,34 @@ def wrap(
     configs = method_configs(methods, overrides)
     if regularizers is None:
         regularizers = own_regularizers(methods)
-    if isinstance(model, PeftModel):
-        return _add(model, configs, regularizers, adapter_name, tokenizer)
-    if not isinstance(model, nn.Module):
+    target = target_of(model, component)
+    if not isinstance(target, nn.Module):
         raise TypeError(
-            f"a model to wrap must be a torch.nn.Module, got {type(model).__name__}. Of a "
-            "diffusers pipeline wrap the part to adapt, for example `pipeline.unet`."
+            "a model to wrap must be a torch.nn.Module or a pipeline of diffusers, got "
+            f"{type(model).__name__}"
         )
-    config = _filled(configs, model, regularizers, tokenizer)
-    with untouched_on_error(model):
-        return get_peft_model(model, config, adapter_name=adapter_name)
+    if isinstance(target, PeftModel):
+        wrapped = _add(target, configs, regularizers, adapter_name, tokenizer)
+    else:
+        config = _filled(configs, target, regularizers, tokenizer)
+        with untouched_on_error(target):
+            wrapped = get_peft_model(target, config, adapter_name=adapter_name)
+    if is_pipeline(model):
+        _enter(model, wrapped, adapter_name)
+    tell_diffusers(wrapped)
+    return wrapped
+
+
+def _enter(pipeline: Any, wrapped: PeftModel, adapter_name: str) -> None:
+    """Activate a pipeline's new adapter, and record whose it is."""
+    if adapter_name in wrapped.peft_config:
+        wrapped.set_adapter(adapter_name)
+    # PEFT asks the model for it, which has no name of its own in a pipeline. Of a folder there is
+    # nothing to record: PEFT would look for a config.json in it whenever it saves.
+    name = str(getattr(pipeline, "name_or_path", None) or "") or None
+    name = None if name and Path(name).is_dir() else name
+    for config in wrapped.peft_config.values():
+        config.base_model_name_or_path = config.base_model_name_or_path or name
 
 
 def _filled(

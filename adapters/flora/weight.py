@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..layer_types import runs_as_defined
+from ..offloaded import check_in_memory
 from ..substitute import call_with
 from .config import FloraConfig
 from .functional import chain_is_cheaper, init_tucker, resolve_ranks
@@ -119,6 +120,8 @@ class FloraWeight(FloraLayer):
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch(x, *args, adapter_names=adapter_names, **kwargs)
         adapters = self._applied()
+        for adapter in adapters:
+            check_in_memory(self.tensors(adapter)[0], x)
         if adapters and self._runs_as_one(adapters):
             weight = self._sum("weight", self.base_layer.weight, adapters)
             return call_with(self.base_layer, {"weight": weight}, (x, *args), kwargs)

@@ -1,4 +1,4 @@
-"""An adapter as a plain PEFT LoRA, which PEFT, diffusers and serving engines load by themselves."""
+"""An adapter as a plain LoRA, which PEFT, diffusers and serving engines load by themselves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import PeftModel, PeftType
@@ -18,6 +19,7 @@ from .changes import Change, changes
 from .files import check_is_no_file, save_tensors, write_folder
 from .lora_card import lora_card
 from .lora_config import LoraLayer, lora_config, named_tensors
+from .lora_of_pipeline import FILE, pipeline_tensors
 from .lora_slots import NoSlotError, Slot, find_slot
 from .lora_tensors import approximate, attention_tensors, layer_tensors
 from .low_rank import LowRank
@@ -49,8 +51,9 @@ def export_lora(
     *,
     rank: int | None = None,
     adapter_name: str = "default",
+    layout: Literal["peft", "diffusers"] = "peft",
 ) -> ExportReport:
-    """Write an adapter as a plain PEFT LoRA folder, which loads without graftune.
+    """Write an adapter as a plain LoRA in a folder, which loads without graftune.
 
     A FLoRA adapter of a matrix, ΔW = s U_out G U_inᵀ, is the LoRA B A with B = s U_out G and
     A = U_inᵀ (or G on the other side, where that gives the smaller rank); of a convolution with
@@ -60,16 +63,19 @@ def export_lora(
 
     Args:
         model: with the adapter; it stays as it is.
-        folder: gets `adapter_config.json`, `adapter_model.safetensors` and `README.md`.
+        folder: gets `adapter_config.json`, `adapter_model.safetensors` and `README.md`; in
+            diffusers' layout `pytorch_lora_weights.safetensors` and `README.md`.
         rank: the largest rank of a LoRA layer, at least 1. What has a form of that rank is
             exported exactly; for the rest it is the best one, by singular value decomposition of
             ΔW, and the report says how far that is. None: exactly or not at all.
         adapter_name: the adapter's name in the model.
+        layout: "peft" for `PeftModel.from_pretrained(base, folder)`, "diffusers" for
+            `pipeline.load_lora_weights(folder)`, which looks for other names.
 
     Raises:
         TypeError: `model` is no `PeftModel`.
-        ValueError: no such adapter; it has no exact form and no rank is given; PEFT's LoRA has no
-            layer for what is adapted. Nothing is written then.
+        ValueError: no such adapter; it has no exact form and no rank is given; PEFT's LoRA, or
+            the layout, has no layer for what is adapted. Nothing is written then.
         FileExistsError: the folder holds an adapter of another method, perhaps this one.
 
     Example:
@@ -85,6 +91,8 @@ def export_lora(
     check_no_trained_bias(model, adapter_name, "a LoRA")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise ValueError(f"`rank` must be a positive int or None, got {rank!r}")
+    if layout not in ("peft", "diffusers"):
+        raise ValueError(f"`layout` is 'peft' or 'diffusers', got {layout!r}")
     _check_folder(Path(folder))
     modules = {name: base for name, _, base in walk(model.get_base_model())}
     conversion = _Conversion()
@@ -98,11 +106,14 @@ def export_lora(
         for name, tensor in named_tensors(conversion.layers, model, adapter_name)
     }
     config = lora_config(conversion.layers, model, adapter_name, list(modules))
+    if layout == "diffusers":
+        tensors = pipeline_tensors(conversion.layers, tensors, model, adapter_name)
 
     def write(path: Path) -> None:
-        save_tensors(path / SAFETENSORS_WEIGHTS_NAME, tensors, {})
-        config.save_pretrained(str(path))
-        card = lora_card(model.get_base_model(), config, method_name(model, adapter_name))
+        save_tensors(path / (SAFETENSORS_WEIGHTS_NAME if layout == "peft" else FILE), tensors, {})
+        if layout == "peft":
+            config.save_pretrained(str(path))
+        card = lora_card(model.get_base_model(), config, method_name(model, adapter_name), layout)
         (path / "README.md").write_text(card, encoding="utf-8")
 
     files = write_folder(folder, write)

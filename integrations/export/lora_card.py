@@ -8,19 +8,21 @@ from torch import nn
 from ..families import recognise
 
 
-def lora_card(base: nn.Module, config: LoraConfig, method: str) -> str:
+def lora_card(base: nn.Module, config: LoraConfig, method: str, layout: str = "peft") -> str:
     """Return the README.md of an exported LoRA: what it is and the lines that load it.
 
     Args:
         base: the base model.
         config: of the LoRA.
         method: of the adapter that it was made from, such as "FLORA".
+        layout: of its file, "peft" or "diffusers".
     """
     name = config.base_model_name_or_path
-    header = ["---", "library_name: peft", "tags:", "- lora"]
+    library = "PEFT" if layout == "peft" else "diffusers"
+    header = ["---", f"library_name: {library.lower()}", "tags:", "- lora"]
     if name:
         header.insert(1, f"base_model: {name}")
-    is_diffusers = recognise(base).library == "diffusers"
+    lines = _DIFFUSERS if recognise(base).library == "diffusers" else _PEFT
     return "\n".join(
         [
             *header,
@@ -28,10 +30,10 @@ def lora_card(base: nn.Module, config: LoraConfig, method: str) -> str:
             "",
             f"# LoRA for {name or type(base).__name__}",
             "",
-            f"Made from an adapter of the method {method}. It loads with PEFT alone:",
+            f"Made from an adapter of the method {method}. It loads with {library} alone:",
             "",
             "```python",
-            *(_DIFFUSERS if is_diffusers else _PEFT),
+            *(_PIPELINE if layout == "diffusers" else lines),
             "```",
             "",
         ]
@@ -52,3 +54,5 @@ _DIFFUSERS = (
     '    prefix="base_model.model",',
     ")",
 )
+
+_PIPELINE = ('pipeline.load_lora_weights("path/to/this/folder")',)

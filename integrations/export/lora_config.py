@@ -15,7 +15,7 @@ from torch import Tensor
 from .lora_slots import Slot
 from .places import join, trained_in_full
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 @dataclass
@@ -60,10 +60,10 @@ def named_tensors(
         depth = around[module] - placed[module]
         path = nested_name(module, around) + ".base_layer" * depth
         for name, tensor in layer.tensors.items():
-            yield f"{_PREFIX}{path}.{name}", tensor
+            yield f"{PREFIX}{path}.{name}", tensor
     for module, _, trained in trained_in_full(model, adapter):
         for name, tensor in trained.state_dict().items():
-            yield f"{_PREFIX}{nested_name(module, around)}.{name}", tensor
+            yield f"{PREFIX}{nested_name(module, around)}.{name}", tensor
 
 
 def nested_name(module: str, around: Counter[str]) -> str:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
     LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -19,6 +20,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from graftune.adapters.folder import check_files, refuse_without_safetensors
 
 CARD_NAME = "README.md"
+# What diffusers and kohya's scripts write: a LoRA of a whole pipeline, without a config.
+_PIPELINE_LORA = "pytorch_lora_weights.safetensors"
 
 
 def fetch_adapter(
@@ -34,13 +37,15 @@ def fetch_adapter(
 
     Raises:
         FileNotFoundError: no adapter there; with the client's own words, in one line.
-        ValueError: the tensors are in a pickle.
+        ValueError: the tensors are in a pickle; or it is a LoRA of diffusers' own form.
 
     Example:
         >>> folder = fetch_adapter("user/clip-emoji-flora", revision="v1")
     """
     if Path(adapter).is_dir():
         folder = Path(adapter, subfolder or "")
+        if (folder / _PIPELINE_LORA).is_file() and not (folder / CONFIG_NAME).is_file():
+            raise _is_pipeline_lora(str(folder))
         check_files(folder)
         return folder
     config_file = _download_config(adapter, subfolder, hub)
@@ -54,6 +59,13 @@ def fetch_adapter(
         with suppress(EntryNotFoundError):
             hf_hub_download(adapter, CARD_NAME, subfolder=subfolder, **hub)
     return Path(config_file).parent
+
+
+def _is_pipeline_lora(place: str) -> ValueError:
+    return ValueError(
+        f"{place!r} holds a LoRA of diffusers ({_PIPELINE_LORA}), which is no adapter of PEFT: "
+        "load it with `pipeline.load_lora_weights(...)`, of the pipeline that it was trained for"
+    )
 
 
 def one_line(error: Exception) -> str:
@@ -70,6 +82,9 @@ def _download_config(adapter: str, subfolder: str | None, hub: dict[str, Any]) -
         RepositoryNotFoundError,
         RevisionNotFoundError,
     ) as error:
+        is_there = isinstance(error, RemoteEntryNotFoundError)  # the repository, not the file
+        if is_there and _on_hub(adapter, _PIPELINE_LORA, subfolder, hub):
+            raise _is_pipeline_lora(adapter) from error
         raise FileNotFoundError(
             f"{adapter!r} is neither a folder with an adapter nor a repository with a "
             f"{CONFIG_NAME} on the Hub (or in its cache, when offline): {one_line(error)}"

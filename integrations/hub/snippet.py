@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from graftune.integrations.hub.facts import AdapterFacts
+from graftune.integrations.pipelines import pipeline_part
 
 # transformers' automatic classes for PEFT's task types.
 AUTO_CLASSES = {
@@ -37,7 +38,7 @@ def loading_lines(facts: AdapterFacts, place: str) -> list[str]:
         ),
         "diffusers": (
             f"from diffusers import {name}",
-            f"{name}.from_pretrained({_arguments(facts, _part(name))})",
+            f"{name}.from_pretrained({_arguments(facts, pipeline_part(name))})",
         ),
         "timm": ("import timm", f"timm.create_model({_zoo_name(facts)}, pretrained=True)"),
         "open_clip": ("import open_clip", f"open_clip.create_model({_zoo_name(facts)})"),
@@ -57,10 +58,3 @@ def _arguments(facts: AdapterFacts, part: str | None = None) -> str:
 def _zoo_name(facts: AdapterFacts) -> str:
     """The name under which open_clip and timm find a model of the Hub."""
     return f'"hf-hub:{facts.base_id}"' if facts.base_id else '"name-of-the-base-model"'
-
-
-def _part(class_name: str) -> str | None:
-    """The folder of a diffusers pipeline in which a model of this class is kept."""
-    if "UNet" in class_name:
-        return "unet"
-    return "transformer" if "Transformer" in class_name else None
