@@ -53,8 +53,8 @@ def untouched_on_error(model: nn.Module) -> Iterator[None]:
         for module, name in active:
             module._active_adapter = name
         _restore_peft_configs(model, configs)
-        for name, names in labels.items():
-            setattr(model.config, name, names)
+        for field, names in labels.items():
+            setattr(model.config, field, names)
         raise
 
 
