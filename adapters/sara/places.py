@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 2**20  # weights in a block of rows: 4 MiB in float32
-WHOLE = 4  # blocks that a tensor may be as large as and still be one: splitting costs time, too
+BLOCK = 2**21  # weights in a block of rows: 8 MiB in float32
+LANES = 32  # rows that matrix products and convolutions take at a time, or a divisor of it
+WHOLE = 2  # blocks that a tensor may be as large as and still be one: splitting costs time, too
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Places:
         shape = tuple(mask.shape)
         rows = mask.reshape(shape[0] if shape else 1, -1)
         is_whole = rows.numel() <= WHOLE * BLOCK
-        many = max(1, len(rows) if is_whole else BLOCK // rows.shape[1])
+        many = len(rows) if is_whole else _rows_in_a_block(rows.shape[1])
         gaps, blocks = [], []
         start, jumps_before = 0, 0
         for first in range(0, len(rows), many):
@@ -157,6 +158,12 @@ class Places:
         content = hashlib.sha256(repr(self.shape).encode())
         content.update(self.bits().numpy().tobytes())
         return int.from_bytes(content.digest()[:8], "little") >> 1
+
+
+def _rows_in_a_block(width: int) -> int:
+    """Return how many rows a block has: a multiple of what convolutions take at a time."""
+    rows = max(BLOCK // width, 1)
+    return rows - rows % LANES if rows >= LANES else rows
 
 
 def mask_of_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -132,3 +132,11 @@ def test_the_threshold_is_strict() -> None:
     # Half precision is not rounded to: 2e-3 has a bfloat16 neighbour just below.
     half = torch.tensor([2e-3], dtype=torch.bfloat16)
     assert selected(half, 2e-3).item() == (float(half) < 2e-3)
+
+
+def test_large_tensors_are_cut_where_products_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places_module, "BLOCK", 120)
+    mask = torch.rand(200, 3, generator=torch.Generator().manual_seed(0)) < 0.2
+    starts = [block.rows.start for block in Places.of(mask).blocks]
+    assert starts == [0, 32, 64, 96, 128, 160, 192]  # 40 rows fit, 32 are taken
+    assert len(Places.of(mask[:80]).blocks) == 1  # as large as two blocks
