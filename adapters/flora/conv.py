@@ -23,6 +23,11 @@ class ConvNd(FloraWeight):
     r_out channels, and 1×1.
     """
 
+    @property
+    def groups(self) -> int:
+        """The convolution's own, which PEFT's LoRA asks for that is put around this layer."""
+        return self.get_base_layer().groups
+
     def _prepare(self) -> None:
         base = self.get_base_layer()
         self.in_features, self.out_features = base.in_channels, base.out_channels

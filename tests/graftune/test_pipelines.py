@@ -240,20 +240,28 @@ def test_what_diffusers_attached_is_saved_and_loaded(make: Make, tmp_path: Path)
     pipeline.unet.add_adapter(graftune.SaraConfig(fraction=0.1))
 
 
-def test_a_lora_of_diffusers_beside_it(make: Make, tmp_path: Path) -> None:
-    adapter, expected = saved(make, "sara", tmp_path / "sara")
-    torch.manual_seed(1)
-    lora = graftune.wrap(make(), "flora", init_weights=False, **METHODS["flora"])
+def test_a_lora_of_diffusers_beside_it(make: Make, method: str, tmp_path: Path) -> None:
+    adapter, expected = saved(make, method, tmp_path / "adapter")
+    lora = wrapped(make(), "flora", seed=1)
     export_lora(lora, tmp_path / "lora", layout="diffusers")
+    alone = make()
+    alone.load_lora_weights(tmp_path / "lora")
+    of_lora = draw(alone)
     pipeline = make()
-    graftune.load(pipeline, adapter, adapter_name="sara")
-    pipeline.load_lora_weights(tmp_path / "lora", adapter_name="lora")
-    pipeline.set_adapters(["sara", "lora"])
-    assert not close(draw(pipeline), expected)
-    pipeline.set_adapters(["sara"])
-    assert close(draw(pipeline), expected)
-    with pytest.raises(ValueError, match=r"several methods \('LORA', 'SARA'\)"):
+    graftune.load(pipeline, adapter, adapter_name="first")
+    pipeline.load_lora_weights(tmp_path / "lora", adapter_name="second")
+    pipeline.set_adapters(["first", "second"])
+    both = draw(pipeline)
+    assert not close(both, expected)
+    assert not close(both, of_lora)
+    for name, drawn in (("first", expected), ("second", of_lora)):
+        pipeline.set_adapters(name)
+        assert close(draw(pipeline), drawn)
+    with pytest.raises(ValueError, match=r"several methods \('\w+', '\w+'\)"):
         graftune.attached(pipeline)
+    with pytest.raises(ValueError, match="of the method LORA: one model takes loaded adapters"):
+        graftune.load(alone, adapter, adapter_name="first")
+    assert close(draw(alone), of_lora)
 
 
 # Moved and offloaded.
