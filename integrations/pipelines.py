@@ -6,6 +6,7 @@ its own `unet` or `transformer`, and moving, offloading, saving and `isinstance`
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -90,11 +91,17 @@ def tell_diffusers(model: PeftModel) -> None:
     """Let a model of diffusers know of its adapters, however they were attached.
 
     Its `set_adapter`, `disable_adapters`, `delete_adapters` and so on go by a mark that only its
-    own `add_adapter` sets.
+    own `add_adapter` sets. The folder that it was loaded from becomes a string: PEFT writes a
+    `Path` into model cards as a Python object, which nothing reads.
     """
     base: Any = model.get_base_model()
-    if recognise(base).library == "diffusers" and hasattr(type(base), "_hf_peft_config_loaded"):
+    if recognise(base).library != "diffusers":
+        return
+    if hasattr(type(base), "_hf_peft_config_loaded"):
         base._hf_peft_config_loaded = _HasAdapters(base)
+    folder = getattr(base.config, "_name_or_path", None)
+    if isinstance(folder, Path):
+        base.register_to_config(_name_or_path=str(folder))
 
 
 class _HasAdapters:

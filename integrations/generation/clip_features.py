@@ -32,7 +32,7 @@ class ClipImageFeatures(nn.Module):
         >>> image_distances(generated, real, features)["fid"]
     """
 
-    def __init__(self, model: nn.Module, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any) -> None:
         super().__init__()
         self.model, self.processor = model, processor
         self.num_features = int(model.config.projection_dim)

@@ -478,3 +478,13 @@ def test_diffusers_layout_is_refused_where_it_cannot_be(make: Make, tmp_path: Pa
     with pytest.raises(ValueError, match=r"this adapter changes 'conv_in'"):
         export_lora(model, tmp_path, layout="diffusers")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_loaded_from_a_path_is_saved_with_a_card(tmp_path: Path) -> None:
+    unet = stable_diffusion(tmp_path / "pipeline").unet
+    unet.save_pretrained(tmp_path / "base")
+    model = graftune.wrap(type(unet).from_pretrained(tmp_path / "base"), "sara", fraction=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "PosixPath" not in card
+    assert "graftune.load" in card
