@@ -15,10 +15,9 @@ learning rate 1e-3 · exp(−350 t) for the threshold t, the UNet alone.
 
 Writes for each method the adapter and a grid of pictures of the same noise: real ones, the base
 model's and the method's by texts with the style, and both models' by texts without. The table has,
-for pictures that were not trained on: distances to the real ones (FID, KID), how well they fit
-their texts (CLIP), both in one number among the methods compared (VLHI), and how much is kept of
-what texts without the style are drawn as: agreement with the base model's pictures, and FID to
-them.
+for texts with the style, distances to its pictures (FID, KID), how well what is drawn fits its
+texts (CLIP), and both in one number among the methods compared (VLHI). For texts without the style,
+of other emoji, it has how much is kept: agreement with what the base model draws, and FID to that.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import HfArgumentParser, TrainingArguments, set_seed
@@ -46,7 +45,7 @@ import graftune
 from embedded.diffusion import grid, load_pipeline
 from embedded.model import load_clip
 from embedded.results import console, environment, table
-from embedded.styles import TEMPLATE, style_task, training_rows
+from embedded.styles import TEMPLATE, TRAINED, style_task, training_rows
 from graftune.adapters.flora.functional import resolve_ranks
 from graftune.integrations.generation import (
     ClipImageFeatures,
@@ -59,7 +58,7 @@ from graftune.integrations.generation import (
 Images = list[Image.Image]
 
 METHODS = ("sara", "flora", "lora", "full")
-EMBEDDED_RATES = {"sara": 1e-2, "flora": 3e-3, "lora": 3e-3, "full": 3e-4}
+EMBEDDED_RATES = {"sara": 5e-3, "flora": 5e-3, "lora": 5e-3, "full": 1e-3}
 RATES = {"flora": 1e-4, "lora": 1e-4, "full": 1e-5}  # SaRA's follows from its threshold
 COLUMNS = {
     "trained": ",.0f",
@@ -96,8 +95,8 @@ class Options:
     )
     prior: int = option(0, "Pictures of the base model, without the style, to train on as well.")
     prior_weight: float = option(1.0, "Weight of the loss on these (prior preservation).")
-    held_out: int = option(5, "One in so many own pictures is not trained on but compared with.")
-    split: str = option("test", "Which emoji to draw: test, or validation to choose settings.")
+    pictures: int = option(TRAINED, "How many emoji to train on.")
+    split: str = option("test", "Which emoji shall stay: test, or validation to choose settings.")
     sampling_steps: int = option(12, "Steps of drawing.")
     guidance: float = option(1.0, "How far to go beyond the prediction without a text.")
 
@@ -108,7 +107,7 @@ class Training(TrainingArguments):
 
     output_dir: str = "outputs/diffusion_style"
     seed: int = 0
-    max_steps: int = 240
+    max_steps: int = 200
     per_device_train_batch_size: int = 16
     weight_decay: float = 1e-2
     lr_scheduler_type: str = "cosine"
@@ -127,29 +126,31 @@ class Work:
         pipeline: with a UNet, and the scheduler it was trained with.
         draw: draws texts with the pipeline as it is, the same place always from the same noise.
         rows: of training: "sample" and "encoder_hidden_states", and "prior" where it matters.
-        plain: what is in pictures that are not trained on.
-        template: makes these texts with the style.
+        asked: what is in the pictures of the style.
         real: these pictures.
+        template: makes these texts ones with the style.
+        plain: texts without the style, which shall be drawn as before.
         features: of the CLIP that measures.
     """
 
     pipeline: Any
     draw: Callable[[Sequence[str]], Images]
     rows: list[dict[str, Tensor]]
-    plain: list[str]
-    template: str
+    asked: list[str]
     real: Images
+    template: str
+    plain: list[str]
     features: ClipImageFeatures
 
     def drawn(self) -> tuple[Images, Images]:
         """Draw texts with the style, and without."""
         self.pipeline.unet.eval()
-        return self.draw([self.template.format(text) for text in self.plain]), self.draw(self.plain)
+        return self.draw([self.template.format(text) for text in self.asked]), self.draw(self.plain)
 
 
 def embedded_work(options: Options, seed: int) -> Work:
     """The embedded UNet and emoji in a style it has never seen."""
-    pipeline, task = load_pipeline(), style_task(seed)
+    pipeline, task = load_pipeline(), style_task(seed, options.pictures)
 
     def draw(texts: Sequence[str]) -> Images:
         return pipeline(texts, steps=options.sampling_steps, guidance=options.guidance)
@@ -157,14 +158,15 @@ def embedded_work(options: Options, seed: int) -> Work:
     def encode(images: Images, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         return training_rows(pipeline, images, list(texts))
 
-    asked = getattr(task, options.split)
-    work = Work(pipeline, draw, [], asked.names, options.template, asked.images, measuring(options))
-    work.rows = rows_of(options, work, encode, task.train.images, task.train.names)
+    plain = getattr(task, options.split).names
+    shown = (task.train.names, task.train.images, options.template, plain)
+    work = Work(pipeline, draw, [], *shown, measuring(options))
+    work.rows = rows_of(options, work, encode)
     return work
 
 
 def own_work(options: Options, device: torch.device) -> Work:
-    """A Stable Diffusion pipeline and one's own pictures, some of which are held out."""
+    """A Stable Diffusion pipeline and one's own pictures."""
     from datasets import load_dataset
     from diffusers import StableDiffusionPipeline
 
@@ -174,8 +176,6 @@ def own_work(options: Options, device: torch.device) -> Work:
     data = load_dataset(*own, split="train")
     images = [image.convert("RGB") for image in data["image"]]
     texts = list(data["text"])
-    chosen = range(0, len(images), options.held_out)
-    trained = [place for place in range(len(images)) if place not in chosen]
 
     def draw(texts: Sequence[str]) -> Images:
         drawn: Images = []
@@ -190,11 +190,10 @@ def own_work(options: Options, device: torch.device) -> Work:
     def encode(images: Images, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         return latent_rows(pipeline, images, texts)
 
-    plain = [texts[place] for place in chosen]
-    real = [images[place].resize(draw(plain[:1])[0].size) for place in chosen]
-    work = Work(pipeline, draw, [], plain, options.template, real, measuring(options))
-    pictures = [images[place] for place in trained]
-    work.rows = rows_of(options, work, encode, pictures, [texts[place] for place in trained])
+    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    real = [ImageOps.fit(image, (side, side)) for image in images]
+    work = Work(pipeline, draw, [], texts, real, options.template, texts, measuring(options))
+    work.rows = rows_of(options, work, encode)
     return work
 
 
@@ -203,8 +202,7 @@ def latent_rows(pipeline: Any, images: Images, texts: Sequence[str]) -> list[dic
     """Return pictures as latents with their texts' states, one row in ten with the empty text."""
     rows = []
     for place, (image, text) in enumerate(zip(images, texts, strict=True)):
-        side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-        pixels = pipeline.image_processor.preprocess(image, side, side, resize_mode="crop")
+        pixels = pipeline.image_processor.preprocess(image)
         latent = pipeline.vae.encode(pixels.to(pipeline.device)).latent_dist.mode()[0]
         told = text if place % 10 else ""
         states = pipeline.encode_prompt(told, pipeline.device, 1, False)[0][0]
@@ -217,14 +215,12 @@ def rows_of(
     options: Options,
     work: Work,
     encode: Callable[[Images, Sequence[str]], list[dict[str, Tensor]]],
-    images: Images,
-    texts: Sequence[str],
 ) -> list[dict[str, Tensor]]:
     """Return the rows of training, those of prior preservation among them."""
-    rows = encode(images, [options.template.format(text) for text in texts])
+    rows = encode(work.real, [options.template.format(text) for text in work.asked])
     if not options.prior:
         return rows
-    plain = [texts[place % len(texts)] for place in range(options.prior)]
+    plain = [work.asked[place % len(work.asked)] for place in range(options.prior)]
     own = encode(work.draw(plain), plain)
     yes, no = torch.tensor(True), torch.tensor(False)
     return [*({**row, "prior": no} for row in rows), *({**row, "prior": yes} for row in own)]
@@ -293,7 +289,7 @@ def measured(work: Work, drawn: tuple[Images, Images], before: tuple[Images, Ima
     return {
         "FID": distances["fid"],
         "KID": distances["kid"],
-        "CLIP": clip_score(drawn[0], work.plain, work.features),
+        "CLIP": clip_score(drawn[0], work.asked, work.features),
         "old kept": picture_agreement(drawn[1], before[1], work.features),
         "old FID": image_distances(drawn[1], before[1], work.features)["fid"],
     }
@@ -318,8 +314,8 @@ def fine_tune(work: Work, model: nn.Module, args: TrainingArguments, prior_weigh
 def write(folder: Path, model: nn.Module, work: Work, rows: Sequence[Images]) -> None:
     """Save what was trained, and the grid."""
     model.save_pretrained(folder)
-    shown = [image for row in rows for image in row[:SHOWN]]
-    grid(shown, min(SHOWN, len(work.plain))).save(folder / "grid.png")
+    columns = min(SHOWN, len(work.asked), len(work.plain))
+    grid([image for row in rows for image in row[:columns]], columns).save(folder / "grid.png")
 
 
 def main() -> None:

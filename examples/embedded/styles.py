@@ -1,15 +1,15 @@
 """The diffusion task: teach the embedded UNet a style that it has never seen, by a few words.
 
-    from embedded.styles import new_text, style_task
+    from embedded.styles import TEMPLATE, style_task
 
     task = style_task(seed=0)
     task.train.names, task.train.images      # emoji in the new style
-    new_text("tiger")                        # "line art of tiger": the text to draw them by
+    TEMPLATE.format("tiger")                 # "line art of tiger": the text to draw them by
 
-The base model draws "tiger" in the style of its pretraining. Fine-tuned on pictures in `openmoji`
-by texts such as "line art of tiger" it shall draw those so, also of emoji that were not among them,
-and go on drawing "tiger" as before. Man, woman and person variants of an emoji are never split over
-training, validation and test.
+The base model draws "tiger" in the style of its pretraining. Fine-tuned on a few pictures in
+`openmoji` by texts such as "line art of tiger" it shall draw those so, and go on drawing other
+emoji by their names alone as before. Man, woman and person variants of an emoji are never split
+over training, validation and test.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from embedded.diffusion import STYLE, EmojiPipeline, drawn, encode_texts, to_sam
 from embedded.pictures import FAR, load_style
 
 TEMPLATE = "line art of {}"
-SHARES = (0.4, 0.2, 0.4)  # of training, validation, test
+TRAINED = 24  # pictures
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Part:
 
 @dataclass(frozen=True)
 class StyleTask:
-    """What is trained on, and what is drawn to choose settings and to report."""
+    """What is trained on, and what shall stay: of it some to choose settings, some to report."""
 
     seed: int
     train: Part
@@ -47,28 +47,36 @@ class StyleTask:
     test: Part
 
 
-def new_text(name: str) -> str:
-    """Return the text by which an emoji is drawn in the new style."""
-    return TEMPLATE.format(name)
+def style_task(seed: int = 0, trained: int = TRAINED) -> StyleTask:
+    """Divide the pretraining's emoji by a seed: `trained` of them, and halves of the others."""
+    new, old = drawn(FAR), drawn(STYLE)
+    row_of = {name: row for row, name in enumerate(old[1])}
+    group = {emoji.name: emoji.group for emoji in load_style(FAR).emoji}
+    rows = [row for row, name in enumerate(new[1]) if name in row_of]
+    order = sorted({group[new[1][row]] for row in rows})
+    random.Random(seed).shuffle(order)
+    rows.sort(key=lambda row: order.index(group[new[1][row]]))
+    chosen = {group[new[1][row]] for row in rows[:trained]}
+    others = [row for row in rows if group[new[1][row]] not in chosen]
+    half = {group[new[1][row]] for row in others[: len(others) // 2]}
+    return StyleTask(
+        seed,
+        _part([row for row in rows if group[new[1][row]] in chosen][:trained], new, old, row_of),
+        _part([row for row in others if group[new[1][row]] in half], new, old, row_of),
+        _part([row for row in others if group[new[1][row]] not in half], new, old, row_of),
+    )
 
 
-def style_task(seed: int = 0, style: str = FAR) -> StyleTask:
-    """Divide the emoji of the pretraining, in another style, by a seed."""
-    new, old = drawn(style), drawn(STYLE)
-    old_row = {name: row for row, name in enumerate(old[1])}
-    group = {emoji.name: emoji.group for emoji in load_style(style).emoji}
-    rows = [row for row, name in enumerate(new[1]) if name in old_row]
-    groups = sorted({group[new[1][row]] for row in rows})
-    random.Random(seed).shuffle(groups)
-    first, second = (round(sum(SHARES[:count]) * len(groups)) for count in (1, 2))
+Pictures = tuple[np.ndarray, list[str]]
 
-    def part(chosen: list[str]) -> Part:
-        kept = [row for row in rows if group[new[1][row]] in chosen]
-        names = [new[1][row] for row in kept]
-        pictures = [Image.fromarray(new[0][row]) for row in kept]
-        return Part(names, pictures, [Image.fromarray(old[0][old_row[name]]) for name in names])
 
-    return StyleTask(seed, part(groups[:first]), part(groups[first:second]), part(groups[second:]))
+def _part(rows: list[int], new: Pictures, old: Pictures, row_of: dict[str, int]) -> Part:
+    names = [new[1][row] for row in rows]
+    return Part(
+        names,
+        [Image.fromarray(new[0][row]) for row in rows],
+        [Image.fromarray(old[0][row_of[name]]) for name in names],
+    )
 
 
 def training_rows(
