@@ -15,6 +15,7 @@ NOT_RUN = {
     ("README.md", "it makes an environment"): 1,
     ("README.md", "it installs packages"): 1,
     ("README.md", "needs the Hub"): 1,
+    ("README.md", "minutes each; their tests run them small"): 1,
     ("docs/distributed.md", "needs several GPUs"): 1,
     ("docs/hub.md", "needs the Hub"): 3,
     ("docs/quickstart.md", "it installs packages"): 1,
