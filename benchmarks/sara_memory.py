@@ -172,7 +172,7 @@ def time_of_unet(args: argparse.Namespace, batch: int, side: int) -> dict[str, A
         name: forms.forward_backward(model, forms.batch(args.size, batch, side, args.device))
         for name, model in models.items()
     }
-    return {"batch": batch, "side": side, **_timed(steps, args)}
+    return {"size": args.size, "batch": batch, "side": side, **_timed(steps, args)}
 
 
 def time_of_layer(args: argparse.Namespace, name: str, side: int) -> dict[str, Any]:
@@ -212,12 +212,9 @@ def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
     """What is to be reached, and whether it is."""
     found = []
     for row in result["unet"] + result["layers"]:
-        where = row.get("layer", f"U-Net, {row.get('batch')} of {row.get('side')}²")
-        if "positions" in row:
-            where += f", {row['positions']} positions"
         found += [
             {
-                "case": f"{name}, {where}",
+                "case": f"{name}, {_where(row)}",
                 "target": f"time over full ≤ {TIME_TARGET}",
                 "measured": value,
                 "met": value <= TIME_TARGET,
@@ -272,11 +269,15 @@ def time_table(rows: list[dict[str, Any]]) -> Table:
     names = list(rows[0]["over full"])
     shown = Table("case", "full, s", *(f"{name} / full" for name in names))
     for row in rows:
-        where = f"{row['batch']} of {row['side']}²" if "batch" in row else f"{row['layer']}"
-        where += f", {row['positions']} positions" if "positions" in row else ""
         ratios = (f"{row['over full'][name]:.2f}" for name in names)
-        shown.add_row(where, f"{row['seconds']['full']['median']:.4f}", *ratios)
+        shown.add_row(_where(row), f"{row['seconds']['full']['median']:.4f}", *ratios)
     return shown
+
+
+def _where(row: dict[str, Any]) -> str:
+    if "layer" in row:
+        return f"{row['layer']}, {row['positions']} positions"
+    return f"{row['size']} U-Net, {row['batch']} of {row['side']}²"
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -307,8 +308,8 @@ def _rows(args: argparse.Namespace) -> Any:
         key = {"form": form, "share": share, "checkpointed": checkpointed}
         yield "memory", key, lambda key=key: memory_row(args, **key)
     for batch, side in args.shapes if "unet" in args.parts else ():
-        key = {"batch": batch, "side": side}
-        yield "unet", key, lambda key=key: time_of_unet(args, **key)
+        key = {"size": args.size, "batch": batch, "side": side}
+        yield "unet", key, lambda of=(batch, side): time_of_unet(args, *of)
     for name in LAYERS if "layers" in args.parts else ():
         for side in SIDES:
             key = {"layer": name, "positions": side * side}

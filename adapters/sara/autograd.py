@@ -194,7 +194,7 @@ def _joined(parts: Iterable[Tensor], places: Places, axis: int) -> Tensor:
     return result
 
 
-def _one_after_the_other(entries: Sequence[Tensor]) -> Tensor | None:
+def _one_after_the_other(entries: list[Tensor]) -> Tensor | None:
     """Put the entries of the blocks together; those of a single one are not copied."""
     if not entries:
         return None
