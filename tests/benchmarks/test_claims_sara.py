@@ -63,6 +63,19 @@ def test_the_rate_is_the_one_that_keeps_most_at_the_fit_that_all_reach() -> None
     assert benchmark.chosen_rates(rows) == {"SaRA": 2.0, "LoRA": 4.0}
 
 
+def test_what_is_kept_is_compared_where_both_fit() -> None:
+    points = {"a": [(10, 40), (20, 60), (50, 90)], "b": [(20, 50), (40, 70)]}
+    rows = [
+        row(name, split, 0, FID=fid, old_kept=kept)
+        for name, some in points.items()
+        for split, (fid, kept) in zip(
+            ("test", benchmark.CURVE, benchmark.CURVE), some, strict=False
+        )
+    ]
+    # a is 60 to 80 there, b 50 to 70: ten more all along.
+    assert benchmark.more_at_the_same_fit(rows, "a", "b") == pytest.approx([10.0])
+
+
 def test_claims_hold_or_not() -> None:
     smallest = {benchmark.zeroed(share, "smallest"): 97.0 for share in benchmark.SHARES}
     rows = rows_of_tests(
