@@ -36,10 +36,10 @@ def image_distances(
         real: images of one size.
         features: what maps images (N, 3, height, width) in 0..255 to features (N, D), such as
             `ClipImageFeatures`; or the width of Inception's, 64, 192, 768 or 2048, which is
-            downloaded.
+            downloaded and needs torch-fidelity.
 
     Raises:
-        ImportError: torchmetrics is not installed.
+        ImportError: torchmetrics, or for Inception torch-fidelity, is not installed.
         ValueError: fewer than two images on a side.
     """
     if min(len(generated), len(real)) < 2:
@@ -47,13 +47,13 @@ def image_distances(
             f"distances between sets need two images in each, got {len(generated)} generated and "
             f"{len(real)} real ones"
         )
-    image = require("torchmetrics.image", "metrics")
+    fid_of, kid_of = (require(f"torchmetrics.image.{name}", "metrics") for name in ("fid", "kid"))
     size = min(len(generated), len(real), _LARGEST_SUBSET)
     with warnings.catch_warnings(), torch.random.fork_rng(), torch.no_grad():
         warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
         torch.manual_seed(0)
-        fid = image.fid.FrechetInceptionDistance(features)
-        kid = image.kid.KernelInceptionDistance(features, subsets=_SUBSETS, subset_size=size)
+        fid = fid_of.FrechetInceptionDistance(features)
+        kid = kid_of.KernelInceptionDistance(features, subsets=_SUBSETS, subset_size=size)
         for images, is_real in ((generated, False), (real, True)):
             for batch in _batches(images):
                 fid.update(batch, real=is_real)
