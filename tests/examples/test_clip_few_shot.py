@@ -100,7 +100,10 @@ def test_own_model_and_pictures(
     not (EMBEDDED / "model.safetensors").exists(), reason="the embedded CLIP is not there"
 )
 def test_embedded_model_and_pictures(tmp_path: Path) -> None:
-    printed, results = run([], tmp_path / "out", "--max_steps", 60)
+    # A gentle rate: at the example's own, what is kept after so few steps differs between CPUs by
+    # several points.
+    gentle = ["--max_steps", 60, "--learning_rate", 1.5e-3]
+    printed, results = run([], tmp_path / "out", *gentle)
     assert "outputs equal bit for bit" in printed
     accuracy = results["accuracies"]
     before, after = accuracy["classes trained on"]
