@@ -89,8 +89,9 @@ def _sample(tensors: list[torch.Tensor]) -> torch.Tensor:
     samples = []
     for tensor in tensors[::stride]:
         offsets = [int((i + 1) * _GOLDEN % 1 * tensor.numel()) for i in range(each)]
-        index = torch.unravel_index(torch.tensor(offsets, device=tensor.device), tensor.shape)
-        samples.append(tensor.detach()[index].to(torch.bfloat16))
+        given = tensor.detach() if tensor.dim() else tensor.detach().reshape(1)
+        index = torch.unravel_index(torch.tensor(offsets, device=given.device), given.shape)
+        samples.append(given[index].to(torch.bfloat16))
     return torch.cat([sample.cpu() for sample in samples])
 
 

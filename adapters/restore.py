@@ -34,6 +34,7 @@ def untouched_on_error(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for registry in (getattr(module, name) for name in _REGISTRIES)
     ]
+    classes = [(module, type(module)) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     configs = _peft_configs(model)
     labels = _labels(model)
@@ -48,6 +49,9 @@ def untouched_on_error(model: nn.Module) -> Iterator[None]:
         for registry, content in registries:
             registry.clear()
             registry.update(content)
+        for module, cls in classes:
+            if type(module) is not cls:  # one through which an adapter's parameters are read
+                module.__class__ = cls
         for parameter, requires_grad in gradients:
             parameter.requires_grad_(requires_grad)
         for module, name in active:

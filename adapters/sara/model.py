@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
 from ..messages import listing
@@ -20,7 +22,15 @@ from .config import SaraConfig
 from .functional import count_below, cutoff_for, magnitude_of_rank, selected, tensor_seed
 from .layer import SaraLayer
 from .places import Places
-from .targets import COMPILED, is_excluded, is_target_module, target_tensors
+from .root import SaraRoot
+from .targets import (
+    COMPILED,
+    excludes_of_root,
+    is_excluded,
+    is_target_module,
+    target_tensors,
+)
+from .values import SaraValues
 
 
 class SaraModel(WeightTuner):
@@ -39,7 +49,7 @@ class SaraModel(WeightTuner):
     """
 
     prefix = "sara_"
-    tuner_layer_cls = SaraLayer
+    tuner_layer_cls = SaraValues
     parameter_layer_cls = SaraLayer
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 (as PEFT declares it)
     _targets: Sequence[str] = ()  # names of the tensors of the adapter that is being attached
@@ -76,14 +86,19 @@ class SaraModel(WeightTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Select entries over all targets and attach them."""
+        config: Any = self.peft_config[adapter_name]
         if state_dict is not None:
-            self._check_targets(model, self.peft_config[adapter_name])
-        super().inject_adapter(
-            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
-        )
+            self._check_targets(model, config)
+        with warnings.catch_warnings():
+            if excludes_of_root(config, model):
+                # PEFT looks among the modules alone, and warns where none was excluded.
+                warnings.filterwarnings("ignore", "You have passed exclude_modules=")
+            super().inject_adapter(
+                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+            )
 
     def _check_targets(self, model: nn.Module, config: Any) -> None:
-        merged = [k for k, x in model.named_modules() if isinstance(x, SaraLayer) and x.merged]
+        merged = [k for k, x in model.named_modules() if isinstance(x, SaraValues) and x.merged]
         if merged:
             raise ValueError(
                 "SaRA selects from the base model's own weights, and an adapter is merged into "
@@ -150,6 +165,8 @@ class SaraModel(WeightTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if isinstance(target, SaraRoot):
+            return  # found by the name it has in a file; what it holds comes last
         if isinstance(parent, SaraLayer):
             parent = parent.base_layer
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -173,16 +190,8 @@ class SaraModel(WeightTuner):
             return
         self._done.add(key)
         base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        targets = {
-            name: tensor
-            for name, tensor in base.named_parameters(recurse=False)
-            if f"{key}.{name}" in self._targets
-        }
-        places = {}
-        if not waits_for_indices(config):
-            found = ((n, _places(config, f"{key}.{n}", tensor)) for n, tensor in targets.items())
-            places = {name: of_name for name, of_name in found if of_name.count}
-        if not places and not (targets and waits_for_indices(config)):
+        places = self._places_in(base, config, f"{key}.")
+        if places is None:
             return
         if isinstance(target, SaraLayer):
             target.update_layer(adapter_name, config, places)
@@ -190,6 +199,47 @@ class SaraModel(WeightTuner):
         layer = SaraLayer(target, adapter_name, config, places)
         self._replace_module(parent, target_name, layer, target)
         self._activate(layer, config)
+
+    def _places_in(
+        self, module: nn.Module, config: SaraConfig, prefix: str
+    ) -> dict[str, Places] | None:
+        """Return the entries of a module's own parameters, or None if it has no part in it."""
+        tensors = {
+            name: tensor
+            for name, tensor in module.named_parameters(recurse=False)
+            if f"{prefix}{name}" in self._targets
+        }
+        if waits_for_indices(config):
+            return {} if tensors else None
+        found = ((n, _places(config, f"{prefix}{n}", tensor)) for n, tensor in tensors.items())
+        return {name: of_name for name, of_name in found if of_name.count} or None
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        if self._injected is not None:
+            adapter_name, low_cpu_mem_usage, _ = self._injected
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._adapt_root(model, adapter_name)
+        super()._mark_only_adapters_as_trainable(model)
+
+    def _adapt_root(self, model: nn.Module, adapter_name: str) -> None:
+        """Train what the config targets of the parameters that the model itself owns."""
+        config: Any = self.peft_config[adapter_name]
+        places = self._places_in(model, config, "")
+        if places is None:
+            return
+        root = SaraRoot.of(model)
+        if root is not None:
+            root.update_layer(adapter_name, config, places)
+            return
+        root = SaraRoot(model, adapter_name, config, places)
+        root.enter()
+        self._activate(root, config)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if not isinstance(child, SaraRoot):  # which leaves by itself
+            super()._replace_module(parent, child_name, new_module, child)
 
     def adapt_module(self, *args: Any, **kwargs: Any) -> None:
         """Put a layer around a module: what its own parameters are makes no difference."""
@@ -228,12 +278,12 @@ class SaraModel(WeightTuner):
         layers = {
             cls._remove_adapter_name_from_key(f"{key}.sara_places.{adapter_name}", adapter_name): x
             for key, x in model.named_modules()
-            if isinstance(x, SaraLayer) and adapter_name in x.places
+            if isinstance(x, SaraValues) and adapter_name in x.places
         }
         stored.enter_places(layers, places, values, adapter_name, config)
         own: Any = config
         if waits_for_indices(own):  # its layers are there now
-            enter_base_digest(model, own, adapter_name, SaraLayer)
+            enter_base_digest(model, own, adapter_name, SaraValues)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, values)
 
 

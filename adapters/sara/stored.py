@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..messages import listing
 from ..tuner import BaseModelMismatchError
-from .layer import SaraLayer
 from .places import Places, mask_of_bits, mask_of_indices
+from .values import SaraValues
 
 PROOF = "sara_places"  # by module: a digest of the places, (1,)
 _PREFIX = "base_model.model."
@@ -22,7 +22,7 @@ def places_tensors(model: nn.Module, adapter_name: str, store_indices: bool) -> 
     """Return what a file says of the places of an adapter's entries, by the model's names."""
     tensors = {}
     for key, layer in model.named_modules():
-        if not isinstance(layer, SaraLayer) or not layer.places.get(adapter_name):
+        if not isinstance(layer, SaraValues) or not layer.places.get(adapter_name):
             continue
         key = key.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
         places = layer.places[adapter_name]
@@ -70,7 +70,7 @@ def split(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
 
 
 def enter_places(
-    layers: Mapping[str, SaraLayer],
+    layers: Mapping[str, SaraValues],
     places: Mapping[str, Tensor],
     values: Mapping[str, Tensor],
     adapter_name: str,
@@ -123,10 +123,10 @@ def _is_same(
     )
 
 
-def _unpacked(layer: SaraLayer, listed: Mapping[str, Tensor]) -> dict[str, Places]:
+def _unpacked(layer: SaraValues, listed: Mapping[str, Tensor]) -> dict[str, Places]:
     found = {}
     for name, tensor in listed.items():
-        weight = getattr(layer.base_layer, name)
+        weight = layer.base_parameter(name)
         shape, tensor = tuple(weight.shape), tensor.to(weight.device)
         is_bits = tensor.dtype == torch.uint8
         fits = tensor.numel() == -(-weight.numel() // 8) if is_bits else True

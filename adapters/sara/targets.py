@@ -18,6 +18,7 @@ from ..messages import listing, warn_once
 from ..modules import base_modules, is_target_parameter
 from ..sharded import is_sharded
 from .config import SaraConfig
+from .root import can_stand_in
 
 # Their parameters are indexed, not read by name: nothing could stand around these modules.
 _INDEXED = (nn.ParameterList, nn.ParameterDict, ParametrizationList)
@@ -47,6 +48,12 @@ def is_target_module(config: SaraConfig, key: str) -> Any:
 def is_excluded(found: Any) -> bool:
     """Say whether what `is_target_module` found is that the module is left out by name."""
     return isinstance(found, _ExcludedModule)
+
+
+def excludes_of_root(config: SaraConfig, model: nn.Module) -> bool:
+    """Say whether `exclude_modules` leaves out a parameter that the model itself owns."""
+    own = (name for name, _ in model.named_parameters(recurse=False))
+    return config.takes_everything and any(is_excluded(is_target_module(config, n)) for n in own)
 
 
 def target_tensors(config: SaraConfig, model: nn.Module) -> dict[str, Tensor]:
@@ -80,6 +87,7 @@ def target_tensors(config: SaraConfig, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _named(config: SaraConfig, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from _named_of_root(config, model)
     attentions = set()
     for full_key, module in base_modules(model):
         key = full_key.removeprefix(COMPILED)
@@ -94,6 +102,28 @@ def _named(config: SaraConfig, model: nn.Module) -> Iterator[tuple[str, Tensor]]
         for name, tensor in module.named_parameters(recurse=False):
             if is_target or is_target_parameter(config, f"{key}.{name}"):
                 yield f"{key}.{name}", tensor
+
+
+def _named_of_root(config: SaraConfig, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the targeted parameters of the model itself; `exclude_modules` may name them."""
+    for name, tensor in model.named_parameters(recurse=False):
+        is_target = config.takes_everything and bool(is_target_module(config, name))
+        if not (is_target or is_target_parameter(config, name)):
+            continue
+        if can_stand_in(model):
+            yield name, tensor
+        elif not is_target:
+            raise ValueError(
+                f"cannot train {name!r} in part: it belongs to the model itself, and a "
+                f"{type(model).__name__} runs or counts whatever modules it has, so that the "
+                "values have no place. Put the model into a module of your own"
+            )
+        else:
+            warn_once(
+                f"parameters of a container: {type(model).__name__}.{name}",
+                f"SaRA leaves out {name!r}: it belongs to the model itself, and a "
+                f"{type(model).__name__} runs or counts whatever modules it has",
+            )
 
 
 def _shared_names(model: nn.Module) -> dict[int, list[str]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from graftune.adapters.flora import FloraLayer
 from graftune.adapters.flora.functional import tucker_weight
+from graftune.adapters.sara import SaraRoot
 from graftune.adapters.stack import StackConfig, merge_order
 
 from .low_rank import LowRank
@@ -71,6 +72,9 @@ def changes(model: PeftModel, adapter: str) -> Iterator[Change]:
     seen: set[int] = set()
     # Of several methods' layers around one weight only the merged weight says what they do.
     stacked = isinstance(model.peft_config[adapter], StackConfig)
+    root = SaraRoot.of(model.get_base_model())
+    if root is not None:
+        yield from _of_root(root, adapter)
     for name, layer, _ in walk(model.get_base_model()):
         if id(layer) in seen or any(name.startswith(f"{other}.") for other in done):
             continue
@@ -86,6 +90,14 @@ def changes(model: PeftModel, adapter: str) -> Iterator[Change]:
         else:
             done.append(name)
             yield from _by_merging(name, layer, adapter, method_name(model, adapter))
+
+
+def _of_root(root: SaraRoot, adapter: str) -> Iterator[Change]:
+    for parameter in root.adapted_names([adapter]):
+        base = root.base_parameter(parameter)
+        delta = root.get_delta_weight(adapter, parameter, working_dtype(base))
+        if delta.any():
+            yield Change("", parameter, root.owner, base, dense=delta)
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:

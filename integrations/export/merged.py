@@ -13,6 +13,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from graftune.adapters.messages import listing
+from graftune.adapters.sara import SaraRoot
 
 from ..families import recognise
 from .changes import changes
@@ -109,6 +110,9 @@ def bare_copy(model: PeftModel, adapter: str) -> nn.Module:
     }
     shared |= {id(tensor): tensor.detach() for tensor in base.buffers()}
     bare = copy.deepcopy(base, shared)
+    root = SaraRoot.of(bare)
+    if root is not None:
+        root.leave()
     _unwrap(bare, adapter)
     if hasattr(bare, "peft_config"):
         del bare.peft_config

@@ -12,6 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from graftune.adapters.messages import listing, nearest
+from graftune.adapters.sara import SaraRoot
 
 
 def without_wrappers(module: nn.Module) -> nn.Module:
@@ -33,7 +34,8 @@ def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module, nn
     base = without_wrappers(module)
     yield name, module, base
     for child_name, child in base.named_children():
-        yield from walk(child, f"{name}.{child_name}" if name else child_name)
+        if not isinstance(child, SaraRoot):  # no module of the base model
+            yield from walk(child, f"{name}.{child_name}" if name else child_name)
 
 
 def join(module: str, parameter: str) -> str:
@@ -88,7 +90,9 @@ def check_exportable(model: PeftModel, adapter: str) -> None:
             f"{listing(model.peft_config)}"
         )
     if not isinstance(model.base_model, BaseTuner) or any(
-        isinstance(layer, BaseTunerLayer) and not hasattr(layer, "base_layer")
+        isinstance(layer, BaseTunerLayer)
+        and not hasattr(layer, "base_layer")
+        and not isinstance(layer, SaraRoot)
         for layer in model.modules()
     ):
         raise ValueError(
@@ -125,7 +129,11 @@ def _check_layers(model: PeftModel, adapter: str) -> None:
             "and an export holds one adapter: merge the other method's adapter into the base "
             "model first, with its own `merge_and_unload()`"
         )
-    merged = [name for name, outer in layers if isinstance(outer, BaseTunerLayer) and outer.merged]
+    merged = [
+        name
+        for name, layer in model.get_base_model().named_modules()
+        if isinstance(layer, BaseTunerLayer) and layer.merged
+    ]
     if merged:
         raise ValueError(
             f"adapters are merged into the base weights (for example of {merged[0]!r}): call "
