@@ -1,7 +1,7 @@
 """How much memory SaRA's training takes, and how long its steps are, on U-Nets of SD's shape.
 
-    python benchmarks/sara_memory.py                 # SD 1.5 itself on CUDA; 0.6 of it on a CPU
-    python benchmarks/sara_memory.py --size tiny     # seconds, for a look
+    python benchmarks/sara_memory.py      # SD 1.5 itself on CUDA, parts of its width on a CPU
+    python benchmarks/sara_memory.py --size tiny --time-size tiny     # seconds, for a look
 
 Memory: a whole training step (forward, backward, AdamW; float32, with the input's gradient), each
 form in a process of its own. Forms:
@@ -12,11 +12,12 @@ form in a process of its own. Forms:
 - **LoRA**: PEFT's, on all linear layers and convolutions, and **SHiRA**: PEFT's, on linear layers,
   the only ones it has; both with as many trained numbers as SaRA.
 
-Counted are the tensors that stay (weights, trained values, places, optimizer state), the gradients
-after backward, and what autograd keeps at the end of forward (activations). Measured is the peak of
-one step; *other* is what it is above the larger of activations and gradients, which do not exist in
-full at the same time: the rest of the smaller one, and temporaries. On a CPU the peak of the
-process's resident memory above that before the model was built stands beside it.
+Counted are the tensors that stay (weights, trained values, places, optimizer state, and on a CPU
+the workspace that blocks of W' use again), the gradients after backward, and what autograd keeps at
+the end of forward (activations). Measured is the peak of one step; *other* is what it is above the
+larger of activations and gradients, which do not exist in full at the same time: the rest of the
+smaller one, and temporaries. On a CPU the peak of the process's resident memory above that before
+the model was built stands beside it.
 
 Time: forward and backward, in turns in one process, over those of full fine-tuning: the U-Net at
 several batches, and single layers at several numbers of positions.
@@ -53,6 +54,7 @@ from rich.table import Table
 from torch import nn
 
 from graftune.adapters.sara.places import BLOCK, WHOLE
+from graftune.adapters.sara.workspace import held
 
 RESULT = Path(__file__).parent / "results" / "sara_memory.json"
 TIME_TARGET, ENTRY_TARGET = 1.10, 16
@@ -107,6 +109,7 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
         "weights": weights,
         "trained values": own,
         "places": forms.places_bytes(model),
+        "workspace": held(),
         "optimizer state": forms.nbytes(t for state in states for t in state.values()),
         "gradients": found["gradients"],
         "activations": forms.kept(model, inputs),
@@ -116,7 +119,7 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
         "trained": forms.count(trained),
         "bytes": counted,
         "peak of a step": peak,
-        "peak": sum(list(counted.values())[:4]) + peak,
+        "peak": sum(list(counted.values())[:5]) + peak,
         "resident": None if resident is None or before is None else resident - before,
     }
 
@@ -156,7 +159,7 @@ def memory_row(args: argparse.Namespace, form: str, share: float, checkpointed: 
 
 def time_of_unet(args: argparse.Namespace, batch: int, side: int) -> dict[str, Any]:
     """Time forward and backward of all forms, which share the weights' memory."""
-    base = forms.unet(args.size, args.device)
+    base = forms.unet(args.time_size, args.device)
     numbers = forms.count(base.parameters())
     models = {"full": base}
     for share in args.shares:
@@ -169,10 +172,10 @@ def time_of_unet(args: argparse.Namespace, batch: int, side: int) -> dict[str, A
             copied, form, int(args.shares[len(args.shares) // 2] * numbers)
         )
     steps = {
-        name: forms.forward_backward(model, forms.batch(args.size, batch, side, args.device))
+        name: forms.forward_backward(model, forms.batch(args.time_size, batch, side, args.device))
         for name, model in models.items()
     }
-    return {"size": args.size, "batch": batch, "side": side, **_timed(steps, args)}
+    return {"size": args.time_size, "batch": batch, "side": side, **_timed(steps, args)}
 
 
 def time_of_layer(args: argparse.Namespace, name: str, side: int) -> dict[str, Any]:
@@ -282,7 +285,8 @@ def _where(row: dict[str, Any]) -> str:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measure all there is, and write the result after each row; go on where it was left off."""
-    settings = {n: getattr(args, n) for n in ("size", "shares", "shapes", "batch", "side", "clock")}
+    names = ("size", "time_size", "shares", "shapes", "batch", "side", "clock", "threads")
+    settings = {name: getattr(args, name) for name in names}
     settings = json.loads(json.dumps({**settings, "seed": forms.SEED, "rounds": args.rounds}))
     result: dict[str, Any] = {"settings": settings, "memory": [], "unet": [], "layers": []}
     if args.json.exists() and args.resume:
@@ -308,7 +312,7 @@ def _rows(args: argparse.Namespace) -> Any:
         key = {"form": form, "share": share, "checkpointed": checkpointed}
         yield "memory", key, lambda key=key: memory_row(args, **key)
     for batch, side in args.shapes if "unet" in args.parts else ():
-        key = {"size": args.size, "batch": batch, "side": side}
+        key = {"size": args.time_size, "batch": batch, "side": side}
         yield "unet", key, lambda of=(batch, side): time_of_unet(args, *of)
     for name in LAYERS if "layers" in args.parts else ():
         for side in SIDES:
@@ -320,12 +324,16 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = "sd15" if device == "cuda" else "medium"
-    parser.add_argument("--size", choices=forms.SIZES, default=size)
+    parser.add_argument("--size", choices=forms.SIZES, default=size, help="for memory")
+    time_size = "sd15" if device == "cuda" else "small"
+    parser.add_argument("--time-size", choices=forms.SIZES, default=time_size)
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.1, 0.2])
     parser.add_argument("--batch", type=int, default=1, help="of the memory measurements")
     parser.add_argument("--side", type=int, default=32, help="of their latents")
-    parser.add_argument("--shapes", type=_shape, nargs="+", default=[(1, 32), (4, 32), (4, 64)])
+    parser.add_argument(
+        "--shapes", type=_shape, nargs="+", default=[(1, 32), (4, 32), (1, 64), (4, 64)]
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="at the least, for each case")
     parser.add_argument(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .places import Places
+from .workspace import workspace
 
 _conv = torch.ops.aten.convolution
 _conv_backward = torch.ops.aten.convolution_backward
@@ -48,11 +49,11 @@ class SparseLinear(Function):
         ctx.save_for_backward(x, values, weight)
         ctx.places, ctx.has_bias = places, bias is not None
         if len(places.blocks) == 1:
-            return F.linear(x, places.put(weight, values, x.dtype), bias)
+            return F.linear(x, places.put(weight, values, x.dtype, for_now=True), bias)
         parts = (
             F.linear(
                 x,
-                places.put(weight, values, x.dtype, block),
+                places.put(weight, values, x.dtype, block, for_now=True),
                 None if bias is None else bias[block.rows],
             )
             for block in places.blocks
@@ -70,11 +71,11 @@ class SparseLinear(Function):
             part = rows[:, block.rows]  # (B, rows)
             at = places.indices(block)
             if ctx.needs_input_grad[0]:
-                weights = places.put(weight, values, x.dtype, block, at)
+                weights = places.put(weight, values, x.dtype, block, at, for_now=True)
                 grad_x = part @ weights if grad_x is None else grad_x.addmm_(part, weights)
-                del weights
             if ctx.needs_input_grad[1]:
-                entries.append(places.take(part.mT @ inputs, block, at).to(values.dtype))
+                dense = _weight_gradient(part, inputs)
+                entries.append(places.take(dense, block, at).to(values.dtype))
         grad_bias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[3] else None
         grad_x = None if grad_x is None else grad_x.reshape(x.shape)
         return grad_x, _one_after_the_other(entries), None, grad_bias, None
@@ -101,11 +102,11 @@ class SparseConvolution(Function):
         ctx.save_for_backward(x, values, weight)
         ctx.places, ctx.geometry, ctx.has_bias = places, geometry, bias is not None
         if not _by_rows(places, geometry):
-            return _conv(x, places.put(weight, values, x.dtype), bias, *geometry)
+            return _conv(x, places.put(weight, values, x.dtype, for_now=True), bias, *geometry)
         parts = (
             _conv(
                 x,
-                places.put(weight, values, x.dtype, block),
+                places.put(weight, values, x.dtype, block, for_now=True),
                 None if bias is None else bias[block.rows],
                 *geometry,
             )
@@ -123,7 +124,7 @@ class SparseConvolution(Function):
         grad_x, entries = None, []
         for block in blocks:
             at = places.indices(block)
-            weights = places.put(weight, values, x.dtype, block, at)
+            weights = places.put(weight, values, x.dtype, block, at, for_now=True)
             part = grad if block is None else grad[:, block.rows]
             share, dense, _ = _conv_backward(part, x, weights, None, *ctx.geometry, wanted)
             if wanted[0]:
@@ -152,12 +153,12 @@ class SparseEmbedding(Function):
         ctx.save_for_backward(ids)
         ctx.places, ctx.dtype, ctx.padding_idx = places, values.dtype, padding_idx
         if len(places.blocks) == 1:
-            return F.embedding(ids, places.put(weight, values, weight.dtype))
+            return F.embedding(ids, places.put(weight, values, weight.dtype, for_now=True))
         flat = ids.reshape(-1)
         rows = weight.new_empty(flat.numel(), weight.shape[1])
         for block in places.blocks:
             here, local = _ids_in(block.rows, flat)
-            part = places.put(weight, values, weight.dtype, block)
+            part = places.put(weight, values, weight.dtype, block, for_now=True)
             rows = torch.where(here.unsqueeze(1), part[local], rows)
         return rows.reshape(*ids.shape, -1)
 
@@ -174,6 +175,14 @@ class SparseEmbedding(Function):
             dense = rows.new_zeros(block.shape).index_add(0, local, rows * here.unsqueeze(1))
             entries.append(places.take(dense, block).to(ctx.dtype))
         return None, _one_after_the_other(entries), None, None, None
+
+
+def _weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
+    """Return the dense gradient of some rows of a weight, in the memory that their W′ had."""
+    if torch.is_grad_enabled():  # to be differentiated itself
+        return grad.mT @ inputs
+    shape = (grad.shape[1], inputs.shape[1])
+    return torch.mm(grad.mT, inputs, out=workspace(shape, dtype=grad.dtype, device=grad.device))
 
 
 def _by_rows(places: Places, geometry: Sequence[Any]) -> bool:

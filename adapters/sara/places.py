@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .workspace import workspace
+
 BLOCK = 2**21  # weights in a block of rows: 8 MiB in float32
 LANES = 32  # rows that matrix products and convolutions take at a time, or a divisor of it
 WHOLE = 2  # blocks that a tensor may be as large as and still be one: splitting costs time, too
@@ -110,6 +112,8 @@ class Places:
         dtype: torch.dtype,
         block: Block | None = None,
         at: Tensor | None = None,
+        *,
+        for_now: bool = False,
     ) -> Tensor:
         """Return a copy of the tensor, or of a block of it, with values at the places.
 
@@ -119,10 +123,13 @@ class Places:
             dtype: of the copy.
             block: the rows to copy.
             at: the block's `indices`, where they are known already.
+            for_now: whether the copy is read before the thread makes another: see `workspace`.
         """
         given = tensor if block is None or not self.shape else tensor[block.rows]
         values = values if block is None else values[block.entries]
-        flat = given.reshape(-1).to(dtype, copy=True)
+        make = workspace if for_now and given.numel() <= WHOLE * BLOCK else torch.empty
+        flat = make((given.numel(),), dtype=dtype, device=given.device)
+        flat.copy_(given.reshape(-1))
         at = self.indices(block) if at is None else at
         filled = flat.index_copy_(0, at, values.to(dtype)).reshape(given.shape)
         if given.is_contiguous():

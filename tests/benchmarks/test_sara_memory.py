@@ -13,7 +13,18 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sara_memory.py"
 pytestmark = pytest.mark.slow
-OPTIONS = ["--size", "tiny", "--shares", "0.1", "--side", "16", "--shapes", "1x16"]
+OPTIONS = [
+    "--size",
+    "tiny",
+    "--time-size",
+    "tiny",
+    "--shares",
+    "0.1",
+    "--side",
+    "16",
+    "--shapes",
+    "1x16",
+]
 QUICKLY = ["--parts", "memory", "unet", "--rounds", "1", "--seconds", "0", "--threads", "1"]
 
 
