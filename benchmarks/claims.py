@@ -228,6 +228,24 @@ def difference(values: Sequence[float], form: str = ".1f") -> str:
     return f"{mean:+{form}} ± {error:{form}}, up in {up} of {len(values)} seeds"
 
 
+def superior(text: str, *compared: tuple[str, Sequence[float]], form: str = ".1f") -> Claim:
+    """Return the claim that paired differences are above zero, by more than two standard errors.
+
+    Args:
+        text: the claim.
+        compared: what is told before each comparison's numbers, and its differences; all have to
+            be above.
+        form: of the numbers.
+    """
+    told, clear = [], []
+    for about, values in compared:
+        mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+        clear.append(mean > 2 * error)
+        noise = " (no more than noise)" if 0 < mean <= 2 * error else ""
+        told.append(f"{about} {difference(values, form)}{noise}")
+    return Claim(text, all(clear), "; ".join(told))
+
+
 def plot(rows: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) -> None:
     """Draw every variant's means with standard deviations over the seeds."""
     import matplotlib

@@ -24,10 +24,10 @@ from claims import (
     RESULTS,
     Claim,
     Variant,
-    difference,
     paired,
     report,
     scores,
+    superior,
     test_scores,
 )
 from claims_promptsrc import prompts
@@ -97,8 +97,7 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[Claim]:
     """The claims, judged by the means over the seeds."""
 
     def better(text: str, one: str, other: str, measured: str) -> Claim:
-        values = paired(rows, one, other, measured)
-        return Claim(text, statistics.mean(values) > 0, f"{measured} {difference(values)}")
+        return superior(text, (measured, paired(rows, one, other, measured)))
 
     masked = statistics.mean(test_scores(rows, DROPOUT, "masked"))
     gains = paired(rows, DROPOUT, "zero-shot", "base")
@@ -112,10 +111,9 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[Claim]:
         better("it keeps more of the old styles at the same rate", SAME_RATE, MASKS, "kept"),
         better("masks help deep prompts", f"{PROMPTS}, then masks", PROMPTS, "base"),
         better("masks help LoRA", f"{LORA}, then masks", LORA, "base"),
-        Claim(
+        superior(
             "masks gain less in a style they were not tuned for",
-            statistics.mean(less) > 0,
-            f"there {statistics.mean(elsewhere):+.1f}, less by {difference(less)}",
+            (f"there {statistics.mean(elsewhere):+.1f}, less by", less),
         ),
     ]
 

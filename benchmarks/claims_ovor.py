@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from claims import RESULTS, Claim, chosen, conclude, difference, paired, test_scores
+from claims import RESULTS, Claim, chosen, conclude, difference, paired, superior, test_scores
 from incremental import HEAD, Learner, Run, Settings, learn, with_outliers
 from matplotlib.figure import Figure
 from peft import LoraConfig
@@ -218,9 +218,7 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[Claim]:
     """The claims, judged by the means over the seeds."""
 
     def better(text: str, one: str, *others: str) -> Claim:
-        values = [paired(rows, one, other, FINAL) for other in others]
-        told = [f"over {o}: {difference(v)}" for o, v in zip(others, values, strict=True)]
-        return Claim(text, all(statistics.mean(v) > 0 for v in values), "; ".join(told))
+        return superior(text, *((f"over {o}:", paired(rows, one, o, FINAL)) for o in others))
 
     best = max(POOLS, key=lambda name: mean(rows, name))
     gaps = paired(rows, ONE, best, FINAL)

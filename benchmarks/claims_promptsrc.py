@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from claims import RESULTS, Claim, Variant, difference, paired, report, test_scores
+from claims import RESULTS, Claim, Variant, difference, paired, report, superior, test_scores
 from peft import LoraConfig
 from torch import nn
 
@@ -72,26 +72,30 @@ def variants(epochs: int) -> list[Variant]:
 def claims(rows: Sequence[dict[str, Any]]) -> list[Claim]:
     """The claims, judged by the means over the seeds."""
 
-    def change(one: str, other: str, measured: str) -> tuple[float, str]:
-        values = paired(rows, one, other, measured)
-        return statistics.mean(values), f"{measured} {difference(values)}"
+    def better(text: str, one: str, other: str, measured: str) -> Claim:
+        return superior(text, (measured, paired(rows, one, other, measured)))
 
-    base, base_text = change(DEEP, "zero-shot", "base")
-    novel, novel_text = change(DEEP, "zero-shot", "novel")
-    kept, kept_text = change(FULL, DEEP, "novel")
+    kept = paired(rows, FULL, DEEP, "novel")
     rivals = ("zero-shot", DEEP, "LoRA", "FLoRA", FULL)
     means = {name: statistics.mean(test_scores(rows, name, "harmonic mean")) for name in rivals}
     best = max(means, key=lambda name: means[name])
     listed = ", ".join(f"{name} {mean:.1f}" for name, mean in means.items())
     found = [
-        Claim("deep prompts gain on base classes against zero-shot", base > 0, base_text),
-        Claim("deep prompts lose on novel classes against zero-shot", novel < 0, novel_text),
-        Claim("PromptSRC's novel accuracy is at least the prompts'", kept >= 0, kept_text),
+        better("deep prompts gain on base classes against zero-shot", DEEP, "zero-shot", "base"),
+        superior(
+            "deep prompts lose on novel classes against zero-shot",
+            ("lost on novel", paired(rows, "zero-shot", DEEP, "novel")),
+        ),
+        Claim(
+            "PromptSRC's mean novel accuracy is at least the prompts'",
+            statistics.mean(kept) >= 0,
+            f"novel {difference(kept)}",
+        ),
         Claim("PromptSRC has the highest harmonic mean", best == FULL, listed),
     ]
     for part in ("text", "image", "logits", "averaging"):
-        helped, text = change(f"prompts + {part}", DEEP, "harmonic mean")
-        found.append(Claim(f"{part} alone helps", helped > 0, text))
+        one = f"prompts + {part}"
+        found.append(better(f"{part} alone helps", one, DEEP, "harmonic mean"))
     return found
 
 

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from claims import RESULTS, Claim, difference, paired, test_scores
+from claims import RESULTS, Claim, difference, paired, superior, test_scores
 from diffusion_style import Options, Training, Work, attach, embedded_work, fine_tune, measured
 from rich.console import Console
 from torch import nn
@@ -288,21 +288,19 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[Claim]:
 
     def better(text: str, index: Mapping[str, list[float]], one: str, other: str) -> Claim:
         values = [a - b for a, b in zip(index[one], index[other], strict=True)]
-        numbers = f"VLHI {difference(values, '.2f')}"
-        return Claim(text, statistics.mean(values) > 0, numbers)
+        return superior(text, ("VLHI", values), form=".2f")
 
-    along = more_at_the_same_fit(rows, SARA, LORA)
+    same_fit = superior(
+        "SaRA keeps more of the old style than LoRA at the same fit",
+        ("agreement", more_at_the_same_fit(rows, SARA, LORA)),
+    )
     more, fit = (paired(rows, SARA, LORA, name) for name in ("old kept", "FID"))
+    at_the_rates = f"at the chosen rates {difference(more)}, with a FID of {difference(fit)}"
     parts = harmony(rows, (SARA, RELEASE, RANK, NEITHER))
     chosen = harmony(rows, (SARA, LARGEST, RANDOM))
     return [
         *(barely(share) for share in SHARES),
-        Claim(
-            "SaRA keeps more of the old style than LoRA at the same fit",
-            statistics.mean(along) > 0,
-            f"agreement {difference(along)}; at the chosen rates {difference(more)}, with a FID to "
-            f"the new style of {difference(fit)}",
-        ),
+        Claim(same_fit.text, same_fit.holds, f"{same_fit.numbers}; {at_the_rates}"),
         better("release alone helps", parts, RELEASE, NEITHER),
         better("the rank's regularizer alone helps", parts, RANK, NEITHER),
         better("both together are better than release alone", parts, SARA, RELEASE),

@@ -234,7 +234,7 @@ def targets(rows: list[dict[str, Any]], outliers: Mapping[str, Any]) -> list[dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a narrow model, for a look")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--seconds", type=float, default=0.0, help="at the least, for each table")
     parser.add_argument("--batch", type=int, default=4, help="pictures")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

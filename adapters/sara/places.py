@@ -141,7 +141,8 @@ class Places:
 
         `at` are the block's `indices`, where they are known already.
         """
-        return tensor.reshape(-1).index_select(0, self.indices(block) if at is None else at)
+        # Not `index_select`, which takes one thread whatever there are.
+        return tensor.reshape(-1).take(self.indices(block) if at is None else at)
 
     def dense(self, values: Tensor) -> Tensor:
         """Return a tensor with values (n,) at the places and zeros elsewhere."""

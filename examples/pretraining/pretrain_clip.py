@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import random
 import time
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from augment import augment, plain
 from captions import name_caption, subcategory_caption
+from long_run import move_average, rate_at, save_state, saved_state, use_allowed_cores
 from muon import Muon
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
@@ -102,12 +102,6 @@ def text_features(model: CLIPModel, processor: CLIPProcessor, texts: list[str]) 
     ids = processor.tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
     pooled = model.text_model(input_ids=ids).pooler_output
     return F.normalize(model.text_projection(pooled), dim=-1)
-
-
-def rate_at(step: int, steps: int, warmup: int = 60, decay: float = 0.35) -> float:
-    """The learning rate's factor: up, flat, and down to zero over the last part."""
-    left = (steps - step) / (decay * steps)
-    return min(1.0, (step + 1) / warmup, max(left, 0.0) + 1e-3)
 
 
 class Run:
@@ -200,10 +194,7 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
-        weight = max(1 / self.step, 1 / 400)  # a moving average over some 400 steps
-        with torch.no_grad():
-            ours, theirs = list(self.average.parameters()), list(self.model.parameters())
-            torch._foreach_lerp_(ours, theirs, weight)
+        move_average(self.average, self.model, self.step, 400)
         return loss.item()
 
     @torch.no_grad()
@@ -223,7 +214,7 @@ class Run:
         return ", ".join(shown)
 
     def save(self) -> None:
-        """Write the state so that a crash in between leaves the old one."""
+        """Write the state."""
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
@@ -233,19 +224,14 @@ class Run:
             "step": self.step,
             "order": self.order,
             "python": self.rng.getstate(),
-            "torch": torch.get_rng_state(),
         }
-        self.args.state.mkdir(parents=True, exist_ok=True)
-        path = self.args.state / "state.pt"
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        save_state(self.args.state, state)
 
     def resume(self) -> None:
         """Continue from the saved state, if there is one."""
-        path = self.args.state / "state.pt"
-        if not path.exists():
+        state = saved_state(self.args.state)
+        if state is None:
             return
-        state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -254,15 +240,6 @@ class Run:
         self.prototypes.data.copy_(state["prototypes"])
         version, internal, gauss = state["python"]
         self.rng.setstate((version, tuple(internal), gauss))
-        torch.set_rng_state(state["torch"])
-        print(f"resumed at step {self.step}", flush=True)
-
-
-def use_allowed_cores() -> None:
-    """As many threads as there are cores, which on a shared machine may change during a run."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if cores and cores != torch.get_num_threads():
-        torch.set_num_threads(cores)
 
 
 def write_model(model: CLIPModel, folder: Path) -> None:

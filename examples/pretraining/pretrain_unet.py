@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import time
 from pathlib import Path
 
 import torch
 from augment import move
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from pretrain_clip import rate_at, use_allowed_cores
+from long_run import move_average, rate_at, save_state, saved_state, use_allowed_cores
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizerFast
@@ -94,38 +93,28 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        weight = max(1 / self.step, 1 / 500)  # a moving average over some 500 steps
-        with torch.no_grad():
-            ours, theirs = list(self.average.parameters()), list(self.unet.parameters())
-            torch._foreach_lerp_(ours, theirs, weight)
+        move_average(self.average, self.unet, self.step, 500)
         return loss.item()
 
     def save(self) -> None:
-        """Write the state so that a crash in between leaves the old one."""
+        """Write the state."""
         state = {
             "unet": self.unet.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "torch": torch.get_rng_state(),
         }
-        self.args.state.mkdir(parents=True, exist_ok=True)
-        path = self.args.state / "state.pt"
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        save_state(self.args.state, state)
 
     def resume(self) -> None:
         """Continue from the saved state, if there is one."""
-        path = self.args.state / "state.pt"
-        if not path.exists():
+        state = saved_state(self.args.state)
+        if state is None:
             return
-        state = torch.load(path, weights_only=True)
         self.unet.load_state_dict(state["unet"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
-        torch.set_rng_state(state["torch"])
-        print(f"resumed at step {self.step}", flush=True)
 
     def write(self, folder: Path) -> None:
         """Write the averaged weights in half precision, and the scheduler."""
