@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import time
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from long_run import move_average, rate_at, save_state, saved_state, use_allowed
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts run as files, not modules
 
 import graftune
 from embedded.diffusion import BLOCK, UNET, drawn, encode_texts
