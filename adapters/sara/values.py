@@ -226,6 +226,7 @@ class SaraValues(nn.Module, ScaledLayer):
         return [] if self.merged else self._present(self.active_adapters)
 
     def read(self, name: str) -> Any:
+        """Return one of the module's parameters, with the active adapters' values in it."""
         adapters = [adapter for adapter in self._applied() if self.adapts(name, adapter)]
         return self._effective(name, adapters) if adapters else self.base_parameter(name)
 
