@@ -19,12 +19,17 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         ['0']
     """
     for name, child in model.named_children():
-        if isinstance(child, BaseTunerLayer) and not hasattr(child, "base_layer"):
-            continue  # stands beside the base modules, around none of them
+        if stands_beside(child):
+            continue
         base = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
         yield name, base
         for inner, module in base_modules(base):
             yield f"{name}.{inner}", module
+
+
+def stands_beside(module: nn.Module) -> bool:
+    """Say whether a module is a tuner layer beside the base modules, around none of them."""
+    return isinstance(module, BaseTunerLayer) and not hasattr(module, "base_layer")
 
 
 def without_base_layers(key: str) -> str:

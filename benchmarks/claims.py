@@ -221,9 +221,14 @@ def paired(rows: Sequence[Mapping[str, Any]], one: str, other: str, measure: str
     return [a - b for a, b in pairs]
 
 
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean, and its standard error."""
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+
+
 def difference(values: Sequence[float], form: str = ".1f") -> str:
     """Return mean and standard error of paired differences, and in how many seeds they are up."""
-    mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+    mean, error = mean_and_error(values)
     up = sum(value > 0 for value in values)
     return f"{mean:+{form}} ± {error:{form}}, up in {up} of {len(values)} seeds"
 
@@ -239,7 +244,7 @@ def superior(text: str, *compared: tuple[str, Sequence[float]], form: str = ".1f
     """
     told, clear = [], []
     for about, values in compared:
-        mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+        mean, error = mean_and_error(values)
         clear.append(mean > 2 * error)
         noise = " (no more than noise)" if 0 < mean <= 2 * error else ""
         told.append(f"{about} {difference(values, form)}{noise}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -187,24 +186,10 @@ class FloraLayer(nn.Module, ScaledLayer):
         self._backups = originals
         self.merged_adapters = together
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put back the base weights as they were before the first merge, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
+    def _restore(self) -> None:
         for tensor, value in self._backups.items():
             self._write(tensor, value)
         self._backups = {}
-        self.merged_adapters = []
-
-    def _applied(self) -> list[str]:
-        """Return the adapters to add on top of the base weights as they are now."""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return []
-        return [] if self.merged else self._present(self.active_adapters)
 
     def __repr__(self) -> str:
         return f"flora.{super().__repr__()}"

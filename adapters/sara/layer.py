@@ -45,12 +45,10 @@ class SaraLayer(SaraValues):
                 f"parameters {list(places)} cannot be adapted: another method's "
                 f"{type(base_layer).__name__} layer is wrapped around their module"
             )
-        super().__init__(base_layer)
-        self._active_adapter = adapter_name
+        super().__init__(base_layer, adapter_name, config, places)
         self._run = runner(base_layer)
         if isinstance(base_layer, (*SUPPORTED, nn.MultiheadAttention)):
             self.in_features, self.out_features = _in_out_features(base_layer)
-        self.update_layer(adapter_name, config, places)
 
     def _hold(self, owner: nn.Module) -> None:
         self.base_layer = owner

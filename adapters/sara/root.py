@@ -8,14 +8,11 @@ model's modules instead, and the model's class reads the parameters through them
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any
 
 from torch import nn
 
-from .config import SaraConfig
-from .places import Places
 from .values import SaraValues
 
 NAME = "own_parameters"  # of the values, among the model's modules
@@ -27,24 +24,7 @@ class SaraRoot(SaraValues):
     It stands in the model as `own_parameters`. Until it leaves, reading one of the model's own
     parameters as an attribute (`model.pos_embed`) gives it with the active adapters' values in it;
     `model._parameters`, and with it `named_parameters` and `state_dict`, are as ever.
-
-    Args:
-        model: the base model.
-        adapter_name: name of the first adapter.
-        config: its config.
-        places: by parameter, the entries that it trains.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        config: SaraConfig,
-        places: Mapping[str, Places],
-    ) -> None:
-        super().__init__(model)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, places)
 
     @staticmethod
     def of(model: nn.Module) -> SaraRoot | None:

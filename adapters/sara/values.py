@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -30,12 +29,21 @@ class SaraValues(nn.Module, ScaledLayer):
 
     Args:
         owner: the module.
+        adapter_name: name of the first adapter.
+        config: its config.
+        places: by parameter, the entries that it trains.
     """
 
     adapter_layer_names: tuple[str, ...] = ("sara_values",)
     other_param_names: tuple[str, ...] = ("places", "rules", "scale", "scaling")
 
-    def __init__(self, owner: nn.Module) -> None:
+    def __init__(
+        self,
+        owner: nn.Module,
+        adapter_name: str,
+        config: SaraConfig,
+        places: Mapping[str, Places],
+    ) -> None:
         super().__init__()
         self._hold(owner)
         self.sara_values = nn.ModuleDict()
@@ -45,6 +53,8 @@ class SaraValues(nn.Module, ScaledLayer):
         self.merged_adapters = []
         self._originals: dict[tuple[str, str], Tensor] = {}
         self.training = owner.training
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, places)
 
     @abstractmethod
     def _hold(self, owner: nn.Module) -> None:
@@ -217,14 +227,6 @@ class SaraValues(nn.Module, ScaledLayer):
 
     # Reading.
 
-    def _applied(self) -> list[str]:
-        """Return the adapters whose values are to be put into the weights as they are now."""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return []
-        return [] if self.merged else self._present(self.active_adapters)
-
     def read(self, name: str) -> Any:
         """Return one of the module's parameters, with the active adapters' values in it."""
         adapters = [adapter for adapter in self._applied() if self.adapts(name, adapter)]
@@ -265,15 +267,6 @@ class SaraValues(nn.Module, ScaledLayer):
         for name, weight in merged.items():
             self.base_parameter(name).data.copy_(weight)
         self.merged_adapters = together
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put back the base model's own values, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self._restore()
-        self.merged_adapters = []
 
     def _restore(self) -> None:
         for (adapter, name), values in self._originals.items():

@@ -12,6 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from graftune.adapters.messages import listing, nearest
+from graftune.adapters.modules import stands_beside
 from graftune.adapters.sara import SaraRoot
 
 
@@ -34,7 +35,7 @@ def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module, nn
     base = without_wrappers(module)
     yield name, module, base
     for child_name, child in base.named_children():
-        if not isinstance(child, SaraRoot):  # no module of the base model
+        if not stands_beside(child):
             yield from walk(child, f"{name}.{child_name}" if name else child_name)
 
 
@@ -90,10 +91,7 @@ def check_exportable(model: PeftModel, adapter: str) -> None:
             f"{listing(model.peft_config)}"
         )
     if not isinstance(model.base_model, BaseTuner) or any(
-        isinstance(layer, BaseTunerLayer)
-        and not hasattr(layer, "base_layer")
-        and not isinstance(layer, SaraRoot)
-        for layer in model.modules()
+        stands_beside(layer) and not isinstance(layer, SaraRoot) for layer in model.modules()
     ):
         raise ValueError(
             f"the adapter {adapter!r} ({method_name(model, adapter)}) consists of prompts, not of "
