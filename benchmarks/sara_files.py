@@ -15,6 +15,7 @@ To reach: SaRA by default takes at most 1.05 × the bytes of its values.
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ def measure(size: str, share: float) -> dict[str, Any]:
     base = forms.unet(size)
     entries = int(share * forms.count(base.parameters()))
     options = {"num_parameters": entries, "regularizers": []}
-    found = {"SaRA": saved(forms.adapted(forms.sharing_weights(base), "SaRA", entries))}
-    with_places = graftune.wrap(forms.sharing_weights(base), "sara", store_indices=True, **options)
+    found = {"SaRA": saved(forms.adapted(copy.deepcopy(base), "SaRA", entries))}
+    with_places = graftune.wrap(copy.deepcopy(base), "sara", store_indices=True, **options)
     found["SaRA with places"] = saved(with_places)
     found["SHiRA"] = saved(forms.adapted(base, "SHiRA", entries))
     return {"share": share, **found}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -116,12 +115,11 @@ def places_bytes(model: nn.Module) -> int:
     return total
 
 
-def sharing_weights(base: nn.Module) -> nn.Module:
-    """A copy whose parameters are its own and whose weights are those of the model, in memory."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in base.parameters()
-    }
-    return copy.deepcopy(base, memo)
+def own_values_bytes(model: nn.Module, device: str, aside: bool) -> int:
+    """Bytes of the base model's own values that are kept, aside or in the memory it runs in."""
+    kept = [t for m in model.modules() for t in getattr(m, "_originals", {}).values()]
+    # Tensors that are mapped from files count as shared.
+    return nbytes(t for t in kept if (device != "cpu" or t.is_shared()) == aside)
 
 
 def forward_backward(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], object]:

@@ -13,11 +13,13 @@ form in a process of its own. Forms:
   the only ones it has; both with as many trained numbers as SaRA.
 
 Counted are the tensors that stay (weights, trained values, places, optimizer state, and on a CPU
-the workspace that blocks of W' use again), the gradients after backward, and what autograd keeps at
-the end of forward (activations). Measured is the peak of one step; *other* is what it is above the
-larger of activations and gradients, which do not exist in full at the same time: the rest of the
-smaller one, and temporaries. On a CPU the peak of the process's resident memory above that before
-the model was built stands beside it.
+the workspaces that are used again), the gradients after backward, and what autograd keeps at the
+end of forward (activations). The base model's own values, which SaRA's stand in the place of, are
+kept in temporary files, those of a GPU's weights in the CPU's memory: *aside*; what a CPU keeps in
+memory, as the tensors are small, are *own values*. Measured is the peak of one step; *other* is what
+it is above the larger of activations and gradients, which do not exist in full at the same time: the
+rest of the smaller one, and temporaries. On a CPU the peak of the process's resident memory above
+that before the model was built stands beside it.
 
 Time: forward and backward, in turns in one process, over those of full fine-tuning: the U-Net at
 several batches, and single layers at several numbers of positions.
@@ -30,6 +32,7 @@ and no weight of one is trained without them: that part of the difference is sai
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -68,6 +71,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[int, ...]
         lambda side: (1, 1280, side, side),
     ),
 }
+STAY = ("weights", "trained values", "places", "own values", "workspace", "optimizer state")
 PARTS = ("memory", "unet", "layers")
 SIDES = (8, 16, 32)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -109,6 +113,7 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
         "weights": weights,
         "trained values": own,
         "places": forms.places_bytes(model),
+        "own values": forms.own_values_bytes(model, args.device, aside=False),
         "workspace": held(),
         "optimizer state": forms.nbytes(t for state in states for t in state.values()),
         "gradients": found["gradients"],
@@ -119,7 +124,8 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
         "trained": forms.count(trained),
         "bytes": counted,
         "peak of a step": peak,
-        "peak": sum(list(counted.values())[:5]) + peak,
+        "peak": sum(counted[name] for name in STAY) + peak,
+        "aside": forms.own_values_bytes(model, args.device, aside=True),
         "resident": None if resident is None or before is None else resident - before,
     }
 
@@ -158,16 +164,16 @@ def memory_row(args: argparse.Namespace, form: str, share: float, checkpointed: 
 
 
 def time_of_unet(args: argparse.Namespace, batch: int, side: int) -> dict[str, Any]:
-    """Time forward and backward of all forms, which share the weights' memory."""
+    """Time forward and backward of all forms, each on a copy of the same weights."""
     base = forms.unet(args.time_size, args.device)
     numbers = forms.count(base.parameters())
     models = {"full": base}
     for share in args.shares:
         models[f"SaRA {share:.0%}"] = forms.adapted(
-            forms.sharing_weights(base), "SaRA", int(share * numbers)
+            copy.deepcopy(base), "SaRA", int(share * numbers)
         )
     for form in ("frozen", "LoRA", "SHiRA"):
-        copied = forms.sharing_weights(base)
+        copied = copy.deepcopy(base)
         models[form] = forms.adapted(
             copied, form, int(args.shares[len(args.shares) // 2] * numbers)
         )
@@ -188,7 +194,7 @@ def time_of_layer(args: argparse.Namespace, name: str, side: int) -> dict[str, A
     models = {"full": base}
     for share in args.shares:
         entries = int(share * forms.count(base.parameters()))
-        models[f"SaRA {share:.0%}"] = forms.adapted(forms.sharing_weights(base), "SaRA", entries)
+        models[f"SaRA {share:.0%}"] = forms.adapted(copy.deepcopy(base), "SaRA", entries)
 
     def step(model: nn.Module) -> None:
         model(x).backward(gradient)
@@ -254,9 +260,9 @@ def above_frozen(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, i
 def memory_table(rows: list[dict[str, Any]]) -> Table:
     """One line a form, in MiB."""
     names = list(rows[0]["bytes"])
-    shown = Table("form", "trained", *names, "peak", "above frozen", "resident")
+    shown = Table("form", "trained", *names, "aside", "peak", "above frozen", "resident")
     for row in rows:
-        mib = [*row["bytes"].values(), row["peak"], above_frozen(row, rows)["all"]]
+        mib = [*row["bytes"].values(), row["aside"], row["peak"], above_frozen(row, rows)["all"]]
         mib += [] if row["resident"] is None else [row["resident"]]
         share = "" if row["form"] in ("frozen", "full") else f" {row['share']:.0%}"
         shown.add_row(

@@ -1,9 +1,8 @@
 """Layers whose weight has a few trained entries: forward as the plain layer, gradient for these.
 
-Each function runs a layer with W′ = W, except v at the trained places. W′ and the dense weight
-gradient exist for one block of rows at a time, in the forward pass and again in the layer's
-backward pass; what autograd keeps is the input, W and v (unstructural backpropagation, arXiv
-2409.06633, section 4.4).
+Each function runs a layer with W′ = W, except v at the trained places. The dense weight gradient
+exists for one block of rows at a time, in the layer's backward pass; what autograd keeps is the
+input and v (unstructural backpropagation, arXiv 2409.06633, section 4.4).
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .places import Places
+from .places import Block, Places
+from .weight import WHOLE, WeightInUse
 from .workspace import workspace
 
 _conv = torch.ops.aten.convolution
@@ -39,127 +39,134 @@ class SparseTensor(Function):
 
 
 class SparseLinear(Function):
-    """y = x W′ᵀ + b: (x, values, weight, bias, places) to (..., out)."""
+    """y = x W′ᵀ + b: (x, values, bias, weight, transposed) to (..., out).
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, places: Places
-    ) -> Tensor:
-        """Return the output, in the dtype of x."""
-        ctx.save_for_backward(x, values, weight)
-        ctx.places, ctx.has_bias = places, bias is not None
-        if len(places.blocks) == 1:
-            return F.linear(x, places.put(weight, values, x.dtype, for_now=True), bias)
-        parts = (
-            F.linear(
-                x,
-                places.put(weight, values, x.dtype, block, for_now=True),
-                None if bias is None else bias[block.rows],
-            )
-            for block in places.blocks
-        )
-        return _joined(parts, places, -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        """Return the gradients of x, of the values and of the bias."""
-        x, values, weight = ctx.saved_tensors
-        places, grad = ctx.places, grads[0].to(x.dtype)
-        rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        grad_x, entries = None, []
-        for block in places.blocks:
-            part = rows[:, block.rows]  # (B, rows)
-            at = places.indices(block)
-            if ctx.needs_input_grad[0]:
-                weights = places.put(weight, values, x.dtype, block, at, for_now=True)
-                grad_x = part @ weights if grad_x is None else grad_x.addmm_(part, weights)
-            if ctx.needs_input_grad[1]:
-                dense = _weight_gradient(part, inputs)
-                entries.append(places.take(dense, block, at).to(values.dtype))
-        grad_bias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[3] else None
-        grad_x = None if grad_x is None else grad_x.reshape(x.shape)
-        return grad_x, _one_after_the_other(entries), None, grad_bias, None
-
-
-class SparseConvolution(Function):
-    """y = W′ ∗ x + b: (x, values, weight, bias, places, geometry) to (B, out, ...).
-
-    `geometry` is stride, padding, dilation, transposed, output_padding, groups. Grouped and
-    transposed convolutions run with the whole of W′.
+    `transposed` says that W′ is (in, out), y = x W′ + b.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        values: Tensor,
-        weight: Tensor,
+        values: Tensor | None,
         bias: Tensor | None,
-        places: Places,
-        geometry: Sequence[Any],
+        weight: WeightInUse,
+        transposed: bool,
     ) -> Tensor:
         """Return the output, in the dtype of x."""
-        ctx.save_for_backward(x, values, weight)
-        ctx.places, ctx.geometry, ctx.has_bias = places, geometry, bias is not None
-        if not _by_rows(places, geometry):
-            return _conv(x, places.put(weight, values, x.dtype, for_now=True), bias, *geometry)
+        _save(ctx, x, values, bias, weight)
+        ctx.transposed = transposed
+        wanted = WHOLE if transposed else weight.parts
         parts = (
-            _conv(
-                x,
-                places.put(weight, values, x.dtype, block, for_now=True),
-                None if bias is None else bias[block.rows],
-                *geometry,
-            )
-            for block in places.blocks
+            F.linear(x, _mT_if(transposed, weight.rows(values, part, x.dtype)), _rows(bias, part))
+            for part in wanted
         )
-        return _joined(parts, places, 1)
+        return _joined(parts, wanted, -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Return the gradients of x, of the values and of the bias."""
-        x, values, weight = ctx.saved_tensors
-        places, grad = ctx.places, grads[0].to(x.dtype)
-        wanted = [*ctx.needs_input_grad[:2], False]
-        blocks = places.blocks if _by_rows(places, ctx.geometry) else (None,)
-        grad_x, entries = None, []
-        for block in blocks:
-            at = places.indices(block)
-            weights = places.put(weight, values, x.dtype, block, at, for_now=True)
-            part = grad if block is None else grad[:, block.rows]
-            share, dense, _ = _conv_backward(part, x, weights, None, *ctx.geometry, wanted)
-            if wanted[0]:
-                grad_x = share if grad_x is None else grad_x.add_(share)
-            if wanted[1]:
-                entries.append(places.take(dense, block, at).to(values.dtype))
-        grad_bias = None
-        if ctx.has_bias and ctx.needs_input_grad[3]:
+        x, values, weight = _saved(ctx)
+        grad = grads[0].to(ctx.dtype)
+        rows = grad.reshape(-1, grad.shape[-1])  # (B, out)
+        grad_x = entries = None
+        if ctx.needs_input_grad[0]:
+            for part in WHOLE if ctx.transposed else weight.parts:
+                weights = _mT_if(ctx.transposed, weight.rows(values, part, ctx.dtype))
+                share = _rows(rows, part, 1)
+                grad_x = share @ weights if grad_x is None else grad_x.addmm_(share, weights)
+            grad_x = grad_x.reshape(*grad.shape[:-1], -1)
+        if ctx.needs_input_grad[1]:
+            inputs = x.reshape(-1, x.shape[-1])  # (B, in)
+            left, right = (inputs, rows) if ctx.transposed else (rows, inputs)
+            dense = (_product(left[:, block.rows], right) for block in weight.places.blocks)
+            entries = _entries(dense, weight.places, values.dtype)
+        grad_bias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        return grad_x, entries, grad_bias, None, None
+
+
+class SparseConvolution(Function):
+    """y = W′ ∗ x + b: (x, values, bias, weight, geometry) to (B, out, ...).
+
+    `geometry` is stride, padding, dilation, transposed, output_padding, groups. The weight's
+    gradient of a grouped or transposed convolution is made in one piece.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor | None,
+        bias: Tensor | None,
+        weight: WeightInUse,
+        geometry: Sequence[Any],
+    ) -> Tensor:
+        """Return the output, in the dtype of x."""
+        _save(ctx, x, values, bias, weight)
+        ctx.geometry, ctx.shape = geometry, x.shape
+        wanted = weight.parts if _by_rows(geometry) else WHOLE
+        parts = (
+            _conv(x, weight.rows(values, part, x.dtype), _rows(bias, part), *geometry)
+            for part in wanted
+        )
+        return _joined(parts, wanted, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Return the gradients of x, of the values and of the bias."""
+        x, values, weight = _saved(ctx)
+        places, geometry, grad = weight.places, ctx.geometry, grads[0].to(ctx.dtype)
+        grad_x = entries = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            like = grad.new_empty(()).expand(ctx.shape) if x is None else x  # for its shape alone
+            for part in weight.parts if _by_rows(geometry) else WHOLE:
+                weights, share = weight.rows(values, part, ctx.dtype), _rows(grad, part, 1)
+                found = _conv_backward(share, like, weights, None, *geometry, [True, False, False])
+                grad_x = found[0] if grad_x is None else grad_x.add_(found[0])
+        if ctx.needs_input_grad[1]:
+            blocks = places.blocks if _by_rows(geometry) else WHOLE
+            only = [False, True, False]
+            dense = (
+                _conv_backward(
+                    _rows(grad, block, 1),
+                    x,
+                    _rows(weight.weight, block).to(ctx.dtype),  # for its shape alone
+                    None,
+                    *geometry,
+                    only,
+                )[1]
+                for block in blocks
+            )
+            entries = _entries(dense, places, values.dtype, blocks)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad.sum([axis for axis in range(grad.dim()) if axis != 1])
-        return grad_x, _one_after_the_other(entries), None, grad_bias, None, None
+        return grad_x, entries, grad_bias, None, None
 
 
 class SparseEmbedding(Function):
-    """Rows of W′: (ids, values, weight, places, padding_idx) to (..., dim)."""
+    """Rows of W′: (ids, values, weight, dtype, padding_idx) to (..., dim)."""
 
     @staticmethod
     def forward(
         ctx: Any,
         ids: Tensor,
         values: Tensor,
-        weight: Tensor,
-        places: Places,
+        weight: WeightInUse,
+        dtype: torch.dtype,
         padding_idx: int | None,
     ) -> Tensor:
-        """Return the rows, in the dtype of W."""
+        """Return the rows, in a dtype."""
         ctx.save_for_backward(ids)
-        ctx.places, ctx.dtype, ctx.padding_idx = places, values.dtype, padding_idx
-        if len(places.blocks) == 1:
-            return F.embedding(ids, places.put(weight, values, weight.dtype, for_now=True))
-        flat = ids.reshape(-1)
-        rows = weight.new_empty(flat.numel(), weight.shape[1])
-        for block in places.blocks:
-            here, local = _ids_in(block.rows, flat)
-            part = places.put(weight, values, weight.dtype, block, for_now=True)
-            rows = torch.where(here.unsqueeze(1), part[local], rows)
+        ctx.places, ctx.dtype, ctx.padding_idx = weight.places, values.dtype, padding_idx
+        if len(weight.parts) == 1:
+            return F.embedding(ids, weight.rows(values, weight.parts[0], dtype))
+        flat, rows = ids.reshape(-1), None
+        for part in weight.parts:
+            assert part is not None
+            here, local = _ids_in(part.rows, flat)
+            found = weight.rows(values, part, dtype)[local]
+            rows = found if rows is None else torch.where(here.unsqueeze(1), found, rows)
+        assert rows is not None
         return rows.reshape(*ids.shape, -1)
 
     @staticmethod
@@ -169,45 +176,86 @@ class SparseEmbedding(Function):
         flat, rows = ids.reshape(-1), grads[0].reshape(ids.numel(), -1)
         if ctx.padding_idx is not None:
             rows = rows * (flat != ctx.padding_idx).unsqueeze(1)
-        entries = []
-        for block in places.blocks:
+
+        def dense(block: Block) -> Tensor:
             here, local = _ids_in(block.rows, flat)
-            dense = rows.new_zeros(block.shape).index_add(0, local, rows * here.unsqueeze(1))
-            entries.append(places.take(dense, block).to(ctx.dtype))
-        return None, _one_after_the_other(entries), None, None, None
+            return rows.new_zeros(block.shape).index_add(0, local, rows * here.unsqueeze(1))
+
+        entries = _entries(map(dense, places.blocks), places, ctx.dtype)
+        return None, entries, None, None, None
 
 
-def _weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
-    """Return the dense gradient of some rows of a weight, in the memory that their W′ had."""
+def _save(
+    ctx: Any, x: Tensor, values: Tensor | None, bias: Tensor | None, weight: WeightInUse
+) -> None:
+    # W is not among them: it is asked for again, and may hold other values in between.
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values)
+    ctx.weight, ctx.dtype, ctx.has_bias = weight, x.dtype, bias is not None
+
+
+def _saved(ctx: Any) -> tuple[Any, Any, Any]:
+    x, values = ctx.saved_tensors
+    # With gradients on, the backward pass is to be differentiated itself.
+    weight = ctx.weight.differentiable() if torch.is_grad_enabled() else ctx.weight
+    return x, values, weight
+
+
+def _rows(tensor: Any, part: Block | None, axis: int = 0) -> Any:
+    """Return what of a bias or of a gradient belongs to some rows of the weight."""
+    if tensor is None or part is None:
+        return tensor
+    return tensor.narrow(axis, part.rows.start, part.rows.stop - part.rows.start)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return leftᵀ right, the dense gradient of some rows of a weight."""
     if torch.is_grad_enabled():  # to be differentiated itself
-        return grad.mT @ inputs
-    shape = (grad.shape[1], inputs.shape[1])
-    return torch.mm(grad.mT, inputs, out=workspace(shape, dtype=grad.dtype, device=grad.device))
+        return left.mT @ right
+    shape = (left.shape[1], right.shape[1])
+    memory = workspace("block", shape, dtype=left.dtype, device=left.device)
+    return torch.mm(left.mT, right, out=memory)
 
 
-def _by_rows(places: Places, geometry: Sequence[Any]) -> bool:
+def _mT_if(transposed: bool, weight: Tensor) -> Tensor:
+    return weight.mT if transposed else weight
+
+
+def _by_rows(geometry: Sequence[Any]) -> bool:
     *_, transposed, _, groups = geometry
-    return len(places.blocks) > 1 and not transposed and groups == 1
+    return not transposed and groups == 1
 
 
-def _joined(parts: Iterable[Tensor], places: Places, axis: int) -> Tensor:
-    """Put the outputs of the blocks of rows into one, one after the other."""
-    result = None
-    for part, block in zip(parts, places.blocks, strict=True):
-        if result is None:
-            shape = list(part.shape)
-            shape[axis] = places.shape[0]
-            result = part.new_empty(shape)
-        result.narrow(axis, block.rows.start, part.shape[axis]).copy_(part)
-    assert result is not None
-    return result
+def _joined(results: Iterable[Tensor], parts: Sequence[Block | None], axis: int) -> Tensor:
+    """Put the outputs of parts of the rows into one, one after the other."""
+    total = None
+    for result, part in zip(results, parts, strict=True):
+        if len(parts) == 1:
+            return result
+        last = parts[-1]
+        assert part is not None
+        assert last is not None
+        if total is None:
+            shape = list(result.shape)
+            shape[axis] = last.rows.stop
+            total = result.new_empty(shape)
+        _rows(total, part, axis).copy_(result)
+    assert total is not None
+    return total
 
 
-def _one_after_the_other(entries: list[Tensor]) -> Tensor | None:
-    """Put the entries of the blocks together; those of a single one are not copied."""
-    if not entries:
-        return None
-    return entries[0] if len(entries) == 1 else torch.cat(entries)
+def _entries(
+    dense: Iterable[Tensor],
+    places: Places,
+    dtype: torch.dtype,
+    blocks: Sequence[Block | None] | None = None,
+) -> Tensor:
+    """Return the entries of a weight's gradient, which comes by the blocks of rows (or others)."""
+    blocks = places.blocks if blocks is None else blocks
+    found = [
+        places.take(part, block, places.indices(block, for_now=True)).to(dtype)
+        for part, block in zip(dense, blocks, strict=True)
+    ]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _ids_in(rows: slice, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -13,14 +14,19 @@ from ..substitute import call_with
 from .config import SaraConfig
 from .places import Places
 from .running import has_hooks, runner
-from .values import SaraValues
+from .values import SaraValues, writing
+from .weight import CopiedWeight, WeightInUse, WrittenWeight
+
+# Marks of parameters whose memory FSDP and DeepSpeed fill and empty around each call.
+_REPLACED = ("_fsdp_flattened", "ds_id")
 
 
 class SaraLayer(SaraValues):
     """A module that runs with the trained values at their places, and W everywhere else.
 
-    Each call puts the values into a copy of the weight, a block of rows at a time for linear
-    layers, convolutions and embeddings, and for as long as the call lasts for whatever else.
+    The weights of linear layers, convolutions and embeddings have the values in them from the first
+    call on, until the adapter is switched off, deleted, or unloaded. Whatever else runs with a copy
+    for as long as the call lasts, as do weights that others may read or replace: see `_is_own`.
     Whoever reads an adapted parameter from outside gets it with the values in it; every other
     attribute is the module's own.
 
@@ -58,6 +64,12 @@ class SaraLayer(SaraValues):
         """The module that the layer is around."""
         return self.base_layer
 
+    def get_base_layer(self) -> nn.Module:
+        """Return the module as the base model has it: whoever asks may take this layer off."""
+        self.put_back()
+        base: nn.Module = super().get_base_layer()
+        return base
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether a LoRA on the same module can do the same: `peft.convert_to_lora` asks."""
         is_matrix = isinstance(self.base_layer, nn.Linear)
@@ -69,24 +81,73 @@ class SaraLayer(SaraValues):
         """Run the module with the active adapters' values in its parameters."""
         adapters = self._applied()
         if not adapters:
-            return self.base_layer(*args, **kwargs)
-        if len(adapters) == 1 and self._runs_sparsely(adapters[0]):
+            return self._run_base(*args, **kwargs)
+        if len(adapters) == 1 and self.adapts("weight", adapters[0]) and self._can_run():
             (adapter,) = adapters
             bias = getattr(self.base_layer, "bias", None)
             if self.adapts("bias", adapter):
                 bias = self._effective("bias", adapters)
-            values, places = self._scaled(adapter, "weight"), self.places[adapter]["weight"]
+            weight = self._weight_in_use(adapter)
             assert self._run is not None
-            return self._run(self.base_layer, values, places, bias, *args, **kwargs)
+            values = self._scaled(adapter, "weight")
+            return self._run(self.base_layer, values, weight, bias, *args, **kwargs)
+        self.put_back()
         tensors = {name: self._effective(name, adapters) for name in self.adapted_names(adapters)}
         return call_with(self.base_layer, tensors, args, kwargs)
 
-    def _runs_sparsely(self, adapter: str) -> bool:
+    def _run_base(self, *args: Any, **kwargs: Any) -> Any:
+        self.put_back()
+        weight: Any = self.base_layer._parameters.get("weight")
+        is_kept = torch.is_grad_enabled() and not isinstance(self.base_layer, nn.Embedding)
+        may_change = self._can_run() and not self.merged and self._is_own(weight)
+        if not (is_kept and may_change) or weight.requires_grad:
+            return self.base_layer(*args, **kwargs)
+        # Autograd would refuse a weight that it keeps once there are values in it.
+        assert self._run is not None
+        bias = getattr(self.base_layer, "bias", None)
+        in_use = WrittenWeight(self, weight, None, None)
+        return self._run(self.base_layer, None, in_use, bias, *args, **kwargs)
+
+    def _can_run(self) -> bool:
+        return self._run is not None and not has_hooks(self.base_layer)
+
+    # The weight, with values in it.
+
+    def _weight_in_use(self, adapter: str) -> WeightInUse:
+        places, weight = self.places[adapter]["weight"], self.base_layer.weight
+        if self._is_own(self.base_layer._parameters.get("weight")):
+            return WrittenWeight(self, weight, adapter, places)
+        if self._holds_others("weight", adapter):
+            self.put_back()
+        return CopiedWeight(weight, places)
+
+    def _is_own(self, weight: Any) -> bool:
+        """Say whether a weight may be written to: nobody else reads it, or puts another there."""
         return (
-            self._run is not None
-            and self.adapts("weight", adapter)
-            and not has_hooks(self.base_layer)
+            not torch.compiler.is_compiling()  # a graph shall have no side effects
+            and type(weight) is nn.Parameter  # no DTensor, nor what FSDP or `functional_call` lay
+            and not any(hasattr(weight, name) for name in _REPLACED)
+            and weight.is_contiguous()
+            and not weight.is_inference()
+            and not (weight.is_cpu and weight.is_shared())
         )
+
+    def hold(self, adapter: str | None, values: Tensor | None) -> None:
+        """Write an adapter's values into the weight, or put the base model's own back (None)."""
+        weight: Any = self.base_layer.weight
+        # What is kept in inference mode would be of no use to autograd.
+        with writing, torch.inference_mode(False), torch.no_grad():
+            if adapter is None or self._holds_others("weight", adapter):
+                self.put_back()
+            if adapter is not None:
+                assert values is not None
+                self._keep_originals([(adapter, "weight")])
+                self.places[adapter]["weight"].write(weight.detach(), values)
+            self._held = _state(adapter, values, weight)
+
+    def holds(self, adapter: str | None, values: Tensor | None) -> bool:
+        """Say whether the weight is as `hold` with the same values has left it."""
+        return self._held == _state(adapter, values, self.base_layer.weight)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -123,10 +184,17 @@ class SaraLayer(SaraValues):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         elif self.merged:
             self.unmerge()
+        self.put_back()
         return self.base_layer
 
     def __repr__(self) -> str:
         return f"sara.{super().__repr__()}"
+
+
+def _state(adapter: str | None, values: Tensor | None, weight: Tensor) -> tuple[Any, ...]:
+    """Return what changes with the values, with where they are, and with the weight."""
+    tensors = (t for t in (values, weight) if t is not None)
+    return adapter, *((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
 
 
 def _in_out_features(module: Any) -> tuple[int, int]:

@@ -104,6 +104,9 @@ class SaraModel(WeightTuner):
                 "SaRA selects from the base model's own weights, and an adapter is merged into "
                 f"them ({listing(merged, 3)}): call `unmerge_adapter` first"
             )
+        for layer in model.modules():
+            if isinstance(layer, SaraValues):
+                layer.put_back()
         _maybe_include_all_linear_layers(config, model)  # enters them in the config
         tensors = target_tensors(config, model)
         self._targets, self._done = list(tensors), set()

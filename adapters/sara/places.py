@@ -88,8 +88,10 @@ class Places:
             start, jumps_before = stop, jumps_before + long
         return _packed(shape, torch.cat(gaps) if gaps else rows.new_empty(0).long(), blocks)
 
-    def indices(self, block: Block | None = None) -> Tensor:
+    def indices(self, block: Block | None = None, *, for_now: bool = False) -> Tensor:
         """Return the places as row-major indices within a block, or within the whole tensor: (n,).
+
+        With `for_now` they are read before the thread asks for others so: see `workspace`.
 
         Example:
             >>> Places.of(torch.tensor([[True, False], [False, True]])).indices()
@@ -99,11 +101,16 @@ class Places:
             width = math.prod(self.shape[1:])
             return torch.cat([self.indices(b) + b.rows.start * width for b in self.blocks])
         block = self.blocks[0] if block is None else block
-        steps = self.gaps[block.entries].long()
+        gaps = self.gaps[block.entries]
+        kind = {"dtype": torch.int64, "device": gaps.device}
+        steps = (
+            workspace("indices", gaps.shape, **kind) if for_now else torch.empty(gaps.shape, **kind)
+        )
+        steps.copy_(gaps)
         if block.jumps.stop > block.jumps.start:
             at = self.jump_at[block.jumps].long() - block.entries.start
-            steps = steps.index_add(0, at, self.jumps[block.jumps].long())
-        return steps.cumsum(0)
+            steps.index_add_(0, at, self.jumps[block.jumps].long())
+        return steps.cumsum_(0)
 
     def put(
         self,
@@ -127,14 +134,27 @@ class Places:
         """
         given = tensor if block is None or not self.shape else tensor[block.rows]
         values = values if block is None else values[block.entries]
-        make = workspace if for_now and given.numel() <= WHOLE * BLOCK else torch.empty
-        flat = make((given.numel(),), dtype=dtype, device=given.device)
+        shape, kind = (given.numel(),), {"dtype": dtype, "device": given.device}
+        is_small = for_now and given.numel() <= WHOLE * BLOCK
+        flat = workspace("block", shape, **kind) if is_small else torch.empty(shape, **kind)
         flat.copy_(given.reshape(-1))
-        at = self.indices(block) if at is None else at
+        at = self.indices(block, for_now=for_now) if at is None else at
         filled = flat.index_copy_(0, at, values.to(dtype)).reshape(given.shape)
         if given.is_contiguous():
             return filled
         return torch.empty_like(given, dtype=dtype).copy_(filled)  # channels_last, for one
+
+    @torch.no_grad()
+    def write(self, tensor: Tensor, values: Tensor) -> None:
+        """Write values (n,) into a tensor at the places."""
+        if not tensor.is_contiguous():
+            tensor.copy_(self.put(tensor, values, tensor.dtype))
+            return
+        flat, width = tensor.view(-1), math.prod(self.shape[1:])
+        for block in self.blocks:
+            part = flat[block.rows.start * width :]
+            at = self.indices(block, for_now=True)
+            part.index_copy_(0, at, values[block.entries].to(tensor.dtype))
 
     def take(self, tensor: Tensor, block: Block | None = None, at: Tensor | None = None) -> Tensor:
         """Return the entries of a tensor, or of a block of it, at the places: (n,).

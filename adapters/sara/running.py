@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..layer_types import CONVOLUTIONS, TRANSPOSED, runs_as_defined
 from .autograd import SparseConvolution, SparseEmbedding, SparseLinear
-from .places import Places
+from .weight import WeightInUse
 
-# (module, values, places, bias, inputs...) to the module's output.
+# (module, values, weight, bias, inputs...) to the module's output.
 Run = Callable[..., Tensor]
 
 
@@ -26,9 +26,7 @@ def runner(module: nn.Module) -> Run | None:
     """
     if not runs_as_defined(module):
         return None
-    if isinstance(module, Conv1D):
-        return None  # its weight is transposed: rows of outputs are no rows of it
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, Conv1D)):
         return _linear
     if isinstance(module, CONVOLUTIONS):
         return _convolution
@@ -44,13 +42,15 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hooks) or bool(module._backward_pre_hooks) or hasattr(module, "_hf_hook")
 
 
-def _linear(module: Any, values: Tensor, places: Places, bias: Tensor | None, x: Tensor) -> Tensor:
+def _linear(
+    module: Any, values: Tensor | None, weight: WeightInUse, bias: Tensor | None, x: Tensor
+) -> Tensor:
     x, bias = _cast(module, x, bias)
-    return SparseLinear.apply(x, values, module.weight, bias, places)
+    return SparseLinear.apply(x, values, bias, weight, isinstance(module, Conv1D))
 
 
 def _convolution(
-    module: Any, values: Tensor, places: Places, bias: Tensor | None, x: Tensor
+    module: Any, values: Tensor | None, weight: WeightInUse, bias: Tensor | None, x: Tensor
 ) -> Tensor:
     axes = len(module.kernel_size)
     padding = module.padding
@@ -58,13 +58,13 @@ def _convolution(
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=mode), (0,) * axes
     geometry = (module.stride, padding, module.dilation, False, (0,) * axes, module.groups)
-    return _convolve(module, values, places, bias, x, geometry)
+    return _convolve(module, values, weight, bias, x, geometry)
 
 
 def _transposed(
     module: Any,
-    values: Tensor,
-    places: Places,
+    values: Tensor | None,
+    weight: WeightInUse,
     bias: Tensor | None,
     x: Tensor,
     output_size: list[int] | None = None,
@@ -87,23 +87,28 @@ def _transposed(
         tuple(extra),
         module.groups,
     )
-    return _convolve(module, values, places, bias, x, geometry)
+    return _convolve(module, values, weight, bias, x, geometry)
 
 
 def _convolve(
-    module: Any, values: Tensor, places: Places, bias: Tensor | None, x: Tensor, geometry: Any
+    module: Any,
+    values: Tensor | None,
+    weight: WeightInUse,
+    bias: Tensor | None,
+    x: Tensor,
+    geometry: Any,
 ) -> Tensor:
     x, bias = _cast(module, x, bias)
     is_batched = x.dim() == len(module.kernel_size) + 2
     x = x if is_batched else x.unsqueeze(0)
-    y = SparseConvolution.apply(x, values, module.weight, bias, places, geometry)
+    y = SparseConvolution.apply(x, values, bias, weight, geometry)
     return y if is_batched else y.squeeze(0)
 
 
 def _embedding(
-    module: Any, values: Tensor, places: Places, bias: Tensor | None, ids: Tensor
+    module: Any, values: Tensor | None, weight: WeightInUse, bias: Tensor | None, ids: Tensor
 ) -> Tensor:
-    return SparseEmbedding.apply(ids, values, module.weight, places, module.padding_idx)
+    return SparseEmbedding.apply(ids, values, weight, module.weight.dtype, module.padding_idx)
 
 
 def _cast(module: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -14,18 +15,22 @@ from torch import Tensor, nn
 from ..offloaded import check_in_memory
 from ..scaling import ScaledLayer
 from ..sparse_parts import SparsePart
+from .aside import aside
 from .autograd import SparseTensor
 from .config import SaraConfig
 from .functional import outside
 from .places import Places
+
+# Of weights. One lock for all layers: one of its own could not be copied or pickled.
+writing = threading.RLock()
 
 
 class SaraValues(nn.Module, ScaledLayer):
     """What adapters train of the parameters that one module owns.
 
     An adapter's tensors are `sara_values[adapter][name]`, of shape (n,), for each of the module's
-    own parameters that has trained entries. The module's weights are never written to, except by
-    `merge`.
+    own parameters that has trained entries. While a weight has an adapter's values in it, merged or
+    to run with them, the base model's own are kept aside, and put back bit for bit.
 
     Args:
         owner: the module.
@@ -51,7 +56,9 @@ class SaraValues(nn.Module, ScaledLayer):
         self.rules: dict[str, tuple[str, float]] = {}  # how entries were selected, and the cutoff
         self.scale, self.scaling = {}, {}
         self.merged_adapters = []
-        self._originals: dict[tuple[str, str], Tensor] = {}
+        self._originals: dict[tuple[str, str], Tensor] = {}  # of weights that hold values
+        self._kept: dict[tuple[str, str], Tensor] = {}  # those before: most often they are the same
+        self._held: tuple[Any, ...] = ()  # what the weight holds to run with, and both their states
         self.training = owner.training
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, places)
@@ -78,6 +85,7 @@ class SaraValues(nn.Module, ScaledLayer):
 
         Without places it waits for those that a file lists: for another `update_layer`.
         """
+        self.put_back()
         self.rules[adapter_name] = (config.select, config.cutoff or 0.0)
         self.places[adapter_name] = {}
         if not places:
@@ -108,14 +116,46 @@ class SaraValues(nn.Module, ScaledLayer):
         """Say whether the adapter changes the parameter."""
         return name in self.places.get(adapter, ())
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters."""
+        super().set_adapter(adapter_names, inference_mode)
+        if not all(adapter in self.active_adapters for adapter, _ in self._originals):
+            self.put_back()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Run with the active adapters, or as the base model does."""
+        super().enable_adapters(enabled)
+        if not enabled:
+            self.put_back()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter."""
+        self.put_back()
+        self._kept = {}
+        super().delete_adapter(adapter_name)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SaraValues:
+        self.put_back()
+        moved = {key: fn(self._original(*key)) for key in self._originals}
         super()._apply(fn, recurse)
         self.places = {
             adapter: {name: places.moved(fn) for name, places in by_name.items()}
             for adapter, by_name in self.places.items()
         }
-        self._originals = {key: fn(tensor) for key, tensor in self._originals.items()}
+        self._originals = {key: aside(tensor) for key, tensor in moved.items()}
+        self._kept = {}
         return self
+
+    # A state dict is the base model's and the adapters' own: nothing of one stands in the other.
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state, with the base model's own values in its weights unless merged."""
+        self.put_back()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.put_back()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -136,8 +176,11 @@ class SaraValues(nn.Module, ScaledLayer):
     def _start(self, adapter: str, name: str) -> Tensor:
         """Return the base model's own values at an adapter's places, (n,)."""
         if (adapter, name) in self._originals:
-            return self._originals[adapter, name]
-        return self._original_entries(self.places[adapter][name], name)
+            return self._original(adapter, name)
+        return self.places[adapter][name].take(self._without(name))
+
+    def _original(self, adapter: str, name: str) -> Tensor:
+        return self._originals[adapter, name].to(self.base_parameter(name).device)
 
     def _scaled(self, adapter: str, name: str) -> Tensor:
         """Return the values that the module runs with: w + s · (v - w)."""
@@ -150,8 +193,10 @@ class SaraValues(nn.Module, ScaledLayer):
 
     def _effective(self, name: str, adapters: Sequence[str]) -> Tensor:
         """Return a parameter with the adapters' values in it, W + Σ ΔW where they overlap."""
-        weight = self.base_parameter(name)
         first, *others = (adapter for adapter in adapters if self.adapts(name, adapter))
+        if others or self._holds_others(name, first):
+            self.put_back()
+        weight = self.base_parameter(name)
         dtype = torch.promote_types(weight.dtype, torch.float32) if others else weight.dtype
         total = SparseTensor.apply(
             self._scaled(first, name), weight.to(dtype), self.places[first][name]
@@ -220,8 +265,9 @@ class SaraValues(nn.Module, ScaledLayer):
 
     def _without(self, name: str) -> Tensor:
         weight: Tensor = self.base_parameter(name).detach()
-        for (adapter, of), values in self._originals.items():
+        for adapter, of in self._originals:
             if of == name:
+                values = self._original(adapter, name)
                 weight = self.places[adapter][name].put(weight, values, weight.dtype)
         return weight
 
@@ -230,7 +276,11 @@ class SaraValues(nn.Module, ScaledLayer):
     def read(self, name: str) -> Any:
         """Return one of the module's parameters, with the active adapters' values in it."""
         adapters = [adapter for adapter in self._applied() if self.adapts(name, adapter)]
-        return self._effective(name, adapters) if adapters else self.base_parameter(name)
+        if adapters:
+            return self._effective(name, adapters)
+        if any(of == name for _, of in self._originals):
+            self.put_back()
+        return self.base_parameter(name)
 
     # Merging.
 
@@ -259,20 +309,34 @@ class SaraValues(nn.Module, ScaledLayer):
         together = [*self.merged_adapters, *names]
         self._restore()
         merged = {name: self._effective(name, together) for name in self.adapted_names(together)}
-        self._originals = {
-            (adapter, name): self._start(adapter, name)
-            for adapter in together
-            for name in self.places[adapter]
-        }
+        self._keep_originals([(a, name) for a in together for name in self.places[a]])
         for name, weight in merged.items():
             self.base_parameter(name).data.copy_(weight)
         self.merged_adapters = together
 
+    def _keep_originals(self, keys: Iterable[tuple[str, str]]) -> None:
+        """Keep the entries of weights that are going to hold an adapter's values, unless it is."""
+        for key in keys:
+            if key not in self._originals:
+                own = self._start(*key)
+                self._kept[key] = aside(own, self._kept.get(key))
+                self._originals[key] = self._kept[key]
+
+    @torch.no_grad()
     def _restore(self) -> None:
-        for (adapter, name), values in self._originals.items():
-            weight = self.base_parameter(name)
-            weight.data.copy_(self.places[adapter][name].put(weight.data, values, weight.dtype))
-        self._originals = {}
+        with writing:
+            for adapter, name in self._originals:
+                weight = self.base_parameter(name).detach()
+                self.places[adapter][name].write(weight, self._original(adapter, name))
+            self._originals, self._held = {}, ()
+
+    def _holds_others(self, name: str, adapter: str) -> bool:
+        return any(of == name and holder != adapter for holder, of in self._originals)
+
+    def put_back(self) -> None:
+        """Put the base model's own values back into weights that run with an adapter's."""
+        if self._held:
+            self._restore()
 
 
 def _noise_like(values: Tensor, weight: Tensor) -> Tensor:

@@ -15,32 +15,40 @@ from torch import Tensor
 _of_thread = threading.local()
 
 
-def workspace(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialised tensor that is valid until the thread's next call, as `torch.empty`.
+def workspace(
+    use: str, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return an uninitialised tensor, as `torch.empty`, to be done with before the next of its use.
 
     With gradients on, or where a graph is compiled, it is a tensor of its own.
 
     Args:
+        use: what for. A thread's next call for the same use returns the same memory.
         shape: its shape.
         dtype: its dtype.
         device: where it shall be.
 
     Example:
-        >>> workspace((2, 3), dtype=torch.float32, device=torch.device("cpu")).shape
+        >>> workspace("example", (2, 3), dtype=torch.float32, device=torch.device("cpu")).shape
         torch.Size([2, 3])
     """
     # With gradients on, as in a backward pass that is differentiated itself, it would be kept.
     if device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.empty(shape, dtype=dtype, device=device)
     wanted = math.prod(shape) * dtype.itemsize
-    memory: Tensor | None = getattr(_of_thread, "memory", None)
-    if memory is None or memory.numel() < wanted:
+    by_use = _by_use()
+    if use not in by_use or by_use[use].numel() < wanted:
         with torch.inference_mode(False):  # or it could not be written to outside of the mode
-            memory = _of_thread.memory = torch.empty(wanted, dtype=torch.uint8)
-    return memory[:wanted].view(dtype).view(shape)
+            by_use[use] = torch.empty(wanted, dtype=torch.uint8)
+    return by_use[use][:wanted].view(dtype).view(shape)
 
 
 def held() -> int:
     """Return how many bytes the thread keeps for its workspaces."""
-    memory: Tensor | None = getattr(_of_thread, "memory", None)
-    return 0 if memory is None else memory.numel()
+    return sum(memory.numel() for memory in _by_use().values())
+
+
+def _by_use() -> dict[str, Tensor]:
+    if not hasattr(_of_thread, "by_use"):
+        _of_thread.by_use = {}
+    return _of_thread.by_use

@@ -125,7 +125,7 @@ def test_gradients_of_gradients() -> None:
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
 
     def run(values: Tensor, x: Tensor) -> Tensor:
-        return layer._run(layer.base_layer, values, layer.places["default"]["weight"], None, x)
+        return layer._run(layer.base_layer, values, layer._weight_in_use("default"), None, x)
 
     values = layer.values("default", "weight").detach().clone().requires_grad_()
     assert torch.autograd.gradcheck(run, (values, x))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,31 +15,47 @@ from graftune.adapters.sara.workspace import held, workspace
 CPU = torch.device("cpu")
 
 
-@torch.no_grad()
+def in_a_new_thread(run: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.no_grad()(run)).result()
+
+
 def test_the_same_memory_grows_to_the_largest() -> None:
-    first = workspace((4, 4), dtype=torch.float64, device=CPU)
-    again = workspace((2, 3), dtype=torch.bfloat16, device=CPU)
-    assert first.data_ptr() == again.data_ptr()
-    assert (again.shape, again.dtype) == ((2, 3), torch.bfloat16)
-    before = held()
-    workspace((before + 1,), dtype=torch.float32, device=CPU)
-    assert held() == 4 * (before + 1)
+    def run() -> None:
+        first = workspace("test", (4, 4), dtype=torch.float64, device=CPU)
+        again = workspace("test", (2, 3), dtype=torch.bfloat16, device=CPU)
+        assert first.data_ptr() == again.data_ptr()
+        assert (again.shape, again.dtype) == ((2, 3), torch.bfloat16)
+        assert held() == 128
+        workspace("test", (129,), dtype=torch.float32, device=CPU)
+        assert held() == 4 * 129
+
+    in_a_new_thread(run)
+
+
+def test_each_use_has_its_own() -> None:
+    def run() -> None:
+        one = workspace("one", (4,), dtype=torch.float32, device=CPU).fill_(1)
+        workspace("two", (4,), dtype=torch.float32, device=CPU).fill_(2)
+        assert torch.equal(one, torch.ones(4))
+        assert held() == 32
+
+    in_a_new_thread(run)
 
 
 def test_made_in_inference_mode_it_serves_training() -> None:
     def both() -> torch.Tensor:
         with torch.inference_mode():
-            workspace((3,), dtype=torch.float32, device=CPU).fill_(1)
+            workspace("test", (3,), dtype=torch.float32, device=CPU).fill_(1)
         with torch.no_grad():
-            return workspace((3,), dtype=torch.float32, device=CPU).fill_(2)
+            return workspace("test", (3,), dtype=torch.float32, device=CPU).fill_(2)
 
-    with ThreadPoolExecutor(1) as pool:
-        assert not pool.submit(both).result().is_inference()
+    assert not in_a_new_thread(both).is_inference()
 
 
 def test_what_autograd_may_keep_is_fresh() -> None:
-    first = workspace((3,), dtype=torch.float32, device=CPU)
-    again = workspace((3,), dtype=torch.float32, device=CPU)
+    first = workspace("test", (3,), dtype=torch.float32, device=CPU)
+    again = workspace("test", (3,), dtype=torch.float32, device=CPU)
     assert first.data_ptr() != again.data_ptr()
 
 
