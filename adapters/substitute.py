@@ -30,9 +30,8 @@ def call_with(
         if own_name in owner.__dict__
     }
     plain = all(own_name in owner._parameters for owner, own_name in owners.values())
-    traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    # Without gradients laying them over is as good, and costs next to nothing.
-    if not laid_over and (traced or not plain):
+    # Laying them over costs next to nothing; a graph that is traced knows `functional_call`.
+    if not laid_over and (torch.compiler.is_compiling() or not plain):
         return functional_call(module, tensors, args, kwargs)
     for name, tensor in tensors.items():
         owner, own_name = owners[name]

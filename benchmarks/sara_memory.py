@@ -16,10 +16,10 @@ Counted are the tensors that stay (weights, trained values, places, optimizer st
 the workspaces that are used again), the gradients after backward, and what autograd keeps at the
 end of forward (activations). The base model's own values, which SaRA's stand in the place of, are
 kept in temporary files, those of a GPU's weights in the CPU's memory: *aside*; what a CPU keeps in
-memory, as the tensors are small, are *own values*. Measured is the peak of one step; *other* is what
-it is above the larger of activations and gradients, which do not exist in full at the same time: the
-rest of the smaller one, and temporaries. On a CPU the peak of the process's resident memory above
-that before the model was built stands beside it.
+memory, as the tensors are small, are *own values*. Measured is the peak of one step; *other* is
+what it is above the larger of activations and gradients, which do not exist in full at the same
+time: the rest of the smaller one, and temporaries. On a CPU the peak of the process's resident
+memory above that before the model was built stands beside it.
 
 Time: forward and backward, in turns in one process, over those of full fine-tuning: the U-Net at
 several batches, and single layers at several numbers of positions.

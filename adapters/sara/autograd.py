@@ -69,7 +69,8 @@ class SparseLinear(Function):
         x, values, weight = _saved(ctx)
         grad = grads[0].to(ctx.dtype)
         rows = grad.reshape(-1, grad.shape[-1])  # (B, out)
-        grad_x = entries = None
+        grad_x: Any = None
+        entries = None
         if ctx.needs_input_grad[0]:
             for part in WHOLE if ctx.transposed else weight.parts:
                 weights = _mT_if(ctx.transposed, weight.rows(values, part, ctx.dtype))

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from .workspace import workspace
 BLOCK = 2**21  # weights in a block of rows: 8 MiB in float32
 LANES = 32  # rows that matrix products and convolutions take at a time, or a divisor of it
 WHOLE = 2  # blocks that a tensor may be as large as and still be one: splitting costs time, too
+
+VECTOR = 2**16  # numbers of a vector whose places are not worth packing
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Places:
     Args:
         shape: the tensor's shape.
         gaps: (n,), distances to the entry before, the first of a block its index; uint8
-            modulo 256, or int32 where entries are few.
+            modulo 256, or int32 where entries are few. Of a short vector the indices, in int64:
+            biases and norms are many, and small.
         jump_at, jumps: where a distance is longer than a gap can say, and by how much.
         blocks: the blocks of rows.
     """
@@ -65,6 +69,11 @@ class Places:
     def of(mask: Tensor) -> Places:
         """Return the places at which a boolean tensor is True."""
         shape = tuple(mask.shape)
+        if len(shape) == 1 and len(mask) <= VECTOR:
+            indices = mask.nonzero().squeeze(1)
+            whole = Block(slice(0, len(mask)), slice(0, len(indices)), slice(0, 0), shape)
+            none = indices.new_empty(0, dtype=torch.int32)
+            return Places(shape, indices, none, none, (whole,))
         rows = mask.reshape(shape[0] if shape else 1, -1)
         is_whole = rows.numel() <= WHOLE * BLOCK
         many = len(rows) if is_whole else _rows_in_a_block(rows.shape[1])
@@ -100,13 +109,12 @@ class Places:
         if block is None and len(self.blocks) != 1:
             width = math.prod(self.shape[1:])
             return torch.cat([self.indices(b) + b.rows.start * width for b in self.blocks])
+        if self.gaps.dtype == torch.int64:
+            return self.gaps
         block = self.blocks[0] if block is None else block
         gaps = self.gaps[block.entries]
-        kind = {"dtype": torch.int64, "device": gaps.device}
-        steps = (
-            workspace("indices", gaps.shape, **kind) if for_now else torch.empty(gaps.shape, **kind)
-        )
-        steps.copy_(gaps)
+        make = partial(workspace, "indices") if for_now else torch.empty
+        steps = make(tuple(gaps.shape), dtype=torch.int64, device=gaps.device).copy_(gaps)
         if block.jumps.stop > block.jumps.start:
             at = self.jump_at[block.jumps].long() - block.entries.start
             steps.index_add_(0, at, self.jumps[block.jumps].long())
@@ -134,9 +142,9 @@ class Places:
         """
         given = tensor if block is None or not self.shape else tensor[block.rows]
         values = values if block is None else values[block.entries]
-        shape, kind = (given.numel(),), {"dtype": dtype, "device": given.device}
         is_small = for_now and given.numel() <= WHOLE * BLOCK
-        flat = workspace("block", shape, **kind) if is_small else torch.empty(shape, **kind)
+        make = partial(workspace, "block") if is_small else torch.empty
+        flat = make((given.numel(),), dtype=dtype, device=given.device)
         flat.copy_(given.reshape(-1))
         at = self.indices(block, for_now=for_now) if at is None else at
         filled = flat.index_copy_(0, at, values.to(dtype)).reshape(given.shape)

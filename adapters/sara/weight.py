@@ -54,7 +54,7 @@ class WrittenWeight:
     where W holds others by then.
     """
 
-    parts = WHOLE
+    parts: tuple[Block | None, ...] = WHOLE
 
     def __init__(
         self, holder: Holder, weight: Tensor, adapter: str | None, places: Places | None

@@ -123,8 +123,8 @@ ONE_MASK = "one batch has one mask"
 NOT_ADDED = "a mask is no low-rank update that LoRA could say"
 TOO_SMALL = "at the test's rate no score crosses the threshold in its few steps"
 IN_PLACE = (
-    "values of an active SaRA stand in the base model's weights, which are its own again when SaRA is "
-    "switched off, and in every state dict: tests/adapters/sara/test_in_place.py"
+    "the base model's weights hold the values of an active SaRA, and are its own again when that "
+    "is switched off and in every state dict: tests/adapters/sara/test_in_place.py"
 )
 BY_CHANCE = "the default threshold is for real weights: at times it selects none of a tiny model's"
 OTHER_BASE = "loads onto a base model with other weights, in which other entries are the smallest"
