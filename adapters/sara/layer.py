@@ -15,10 +15,7 @@ from .config import SaraConfig
 from .places import Places
 from .running import has_hooks, runner
 from .values import SaraValues, writing
-from .weight import CopiedWeight, WeightInUse, WrittenWeight
-
-# Marks of parameters whose memory FSDP and DeepSpeed fill and empty around each call.
-_REPLACED = ("_fsdp_flattened", "ds_id")
+from .weight import CopiedWeight, WeightInUse, WrittenWeight, is_own, state_of
 
 
 class SaraLayer(SaraValues):
@@ -26,7 +23,7 @@ class SaraLayer(SaraValues):
 
     The weights of linear layers, convolutions and embeddings have the values in them from the first
     call on, until the adapter is switched off, deleted, or unloaded. Whatever else runs with a copy
-    for as long as the call lasts, as do weights that others may read or replace: see `_is_own`.
+    for as long as the call lasts, as do weights that others may read or replace: see `is_own`.
     Whoever reads an adapted parameter from outside gets it with the values in it; every other
     attribute is the module's own.
 
@@ -56,7 +53,7 @@ class SaraLayer(SaraValues):
         if isinstance(base_layer, (*SUPPORTED, nn.MultiheadAttention)):
             self.in_features, self.out_features = _in_out_features(base_layer)
 
-    def _hold(self, owner: nn.Module) -> None:
+    def _set_owner(self, owner: nn.Module) -> None:
         self.base_layer = owner
 
     @property
@@ -99,7 +96,7 @@ class SaraLayer(SaraValues):
         self.put_back()
         weight: Any = self.base_layer._parameters.get("weight")
         is_kept = torch.is_grad_enabled() and not isinstance(self.base_layer, nn.Embedding)
-        may_change = self._can_run() and not self.merged and self._is_own(weight)
+        may_change = self._can_run() and not self.merged and is_own(self.base_layer)
         if not (is_kept and may_change) or weight.requires_grad:
             return self.base_layer(*args, **kwargs)
         # Autograd would refuse a weight that it keeps once there are values in it.
@@ -115,22 +112,11 @@ class SaraLayer(SaraValues):
 
     def _weight_in_use(self, adapter: str) -> WeightInUse:
         places, weight = self.places[adapter]["weight"], self.base_layer.weight
-        if self._is_own(self.base_layer._parameters.get("weight")):
+        if is_own(self.base_layer):
             return WrittenWeight(self, weight, adapter, places)
         if self._holds_others("weight", adapter):
             self.put_back()
         return CopiedWeight(weight, places)
-
-    def _is_own(self, weight: Any) -> bool:
-        """Say whether a weight may be written to: nobody else reads it, or puts another there."""
-        return (
-            not torch.compiler.is_compiling()  # a graph shall have no side effects
-            and type(weight) is nn.Parameter  # no DTensor, nor what FSDP or `functional_call` lay
-            and not any(hasattr(weight, name) for name in _REPLACED)
-            and weight.is_contiguous()
-            and not weight.is_inference()
-            and not (weight.is_cpu and weight.is_shared())
-        )
 
     def hold(self, adapter: str | None, values: Tensor | None) -> None:
         """Write an adapter's values into the weight, or put the base model's own back (None)."""
@@ -143,11 +129,11 @@ class SaraLayer(SaraValues):
                 assert values is not None
                 self._keep_originals([(adapter, "weight")])
                 self.places[adapter]["weight"].write(weight.detach(), values)
-            self._held = _state(adapter, values, weight)
+            self._held = state_of(adapter, values, weight)
 
     def holds(self, adapter: str | None, values: Tensor | None) -> bool:
         """Say whether the weight is as `hold` with the same values has left it."""
-        return self._held == _state(adapter, values, self.base_layer.weight)
+        return self._held == state_of(adapter, values, self.base_layer.weight)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -189,12 +175,6 @@ class SaraLayer(SaraValues):
 
     def __repr__(self) -> str:
         return f"sara.{super().__repr__()}"
-
-
-def _state(adapter: str | None, values: Tensor | None, weight: Tensor) -> tuple[Any, ...]:
-    """Return what changes with the values, with where they are, and with the weight."""
-    tensors = (t for t in (values, weight) if t is not None)
-    return adapter, *((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
 
 
 def _in_out_features(module: Any) -> tuple[int, int]:

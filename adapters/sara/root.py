@@ -32,7 +32,7 @@ class SaraRoot(SaraValues):
         found = model._modules.get(NAME)
         return found if isinstance(found, SaraRoot) else None
 
-    def _hold(self, owner: nn.Module) -> None:
+    def _set_owner(self, owner: nn.Module) -> None:
         self.__dict__["_owner"] = owner  # past registration: the model holds this, not this it
 
     @property

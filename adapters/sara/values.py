@@ -50,7 +50,7 @@ class SaraValues(nn.Module, ScaledLayer):
         places: Mapping[str, Places],
     ) -> None:
         super().__init__()
-        self._hold(owner)
+        self._set_owner(owner)
         self.sara_values = nn.ModuleDict()
         self.places: dict[str, dict[str, Places]] = {}
         self.rules: dict[str, tuple[str, float]] = {}  # how entries were selected, and the cutoff
@@ -64,7 +64,7 @@ class SaraValues(nn.Module, ScaledLayer):
         self.update_layer(adapter_name, config, places)
 
     @abstractmethod
-    def _hold(self, owner: nn.Module) -> None:
+    def _set_owner(self, owner: nn.Module) -> None:
         """Keep the module as `owner`; as a module of this one, it comes before the values."""
 
     @property
@@ -335,7 +335,7 @@ class SaraValues(nn.Module, ScaledLayer):
 
     def put_back(self) -> None:
         """Put the base model's own values back into weights that run with an adapter's."""
-        if self._held:
+        if self._held and self._originals:
             self._restore()
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .places import Block, Places
 
 WHOLE: tuple[None] = (None,)
+# Marks of parameters whose memory FSDP and DeepSpeed fill and empty around each call.
+_REPLACED = ("_fsdp_flattened", "ds_id")
 
 
 class Holder(Protocol):
@@ -91,3 +93,28 @@ class CopiedWeight:
     def differentiable(self) -> CopiedWeight:
         """Return this one, as gradients flow through its copies."""
         return self
+
+
+def is_own(module: nn.Module) -> bool:
+    """Say whether a module's `weight` may be written to: only this one reads and replaces it.
+
+    Args:
+        module: the module, which has one.
+    """
+    if torch.compiler.is_compiling():  # a graph shall have no side effects
+        return False
+    weight: Any = module._parameters.get("weight")
+    return (
+        type(weight) is nn.Parameter  # no DTensor, nor what FSDP or `functional_call` lay there
+        and weight is module.weight
+        and not any(hasattr(weight, name) for name in _REPLACED)
+        and weight.is_contiguous()
+        and not weight.is_inference()
+        and not (weight.is_cpu and weight.is_shared())
+    )
+
+
+def state_of(adapter: str | None, values: Tensor | None, weight: Tensor) -> tuple[Any, ...]:
+    """Return what changes when the values do, or are others, or when the weight is written to."""
+    tensors = (tensor for tensor in (values, weight) if tensor is not None)
+    return adapter, *((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
