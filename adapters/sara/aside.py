@@ -46,9 +46,8 @@ def aside(tensor: Tensor, earlier: Tensor | None = None) -> Tensor:
             mapped = torch.from_file(file.name, size=content.size, dtype=torch.uint8)
     except OSError as error:
         warnings.warn(
-            f"the base model's own values stay in memory: no temporary file in "
-            f"{tempfile.gettempdir()} could be written ({error}). Set TMPDIR to a folder with "
-            "enough space",
+            f"the base model's own values stay in memory: no temporary file could be written "
+            f"({error}). Set TMPDIR to a folder with enough space",
             RuntimeWarning,
             stacklevel=2,
         )
