@@ -11,6 +11,7 @@ from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 
 import graftune
+from graftune.adapters.sara import SaraLayer
 
 # Channels of the four levels, width of the text's features, length of the text.
 SIZES: dict[str, dict[str, Any]] = {
@@ -117,7 +118,8 @@ def places_bytes(model: nn.Module) -> int:
 
 def own_values_bytes(model: nn.Module, device: str, aside: bool) -> int:
     """Bytes of the base model's own values that are kept, aside or in the memory it runs in."""
-    kept = [t for m in model.modules() for t in getattr(m, "_originals", {}).values()]
+    layers = (m for m in model.modules() if isinstance(m, SaraLayer))
+    kept = [tensor for layer in layers for tensor in layer.own_weight.aside()]
     # Tensors that are mapped from files count as shared.
     return nbytes(t for t in kept if (device != "cpu" or t.is_shared()) == aside)
 

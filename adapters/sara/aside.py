@@ -12,7 +12,7 @@ from torch import Tensor
 SMALL = 2**16  # bytes that are not worth a file
 
 
-def aside(tensor: Tensor, earlier: Tensor | None = None) -> Tensor:
+def aside(tensor: Tensor) -> Tensor:
     """Return a copy of a tensor that lies on the CPU, or in a temporary file if it does already.
 
     The file has no name, is mapped into memory when it is read, and is gone with the tensor; the
@@ -21,7 +21,6 @@ def aside(tensor: Tensor, earlier: Tensor | None = None) -> Tensor:
 
     Args:
         tensor: of any shape and dtype.
-        earlier: what was returned before, to be returned again if it is equal.
 
     Warns:
         RuntimeWarning: once, where the file cannot be written; the copy is in memory then.
@@ -30,12 +29,9 @@ def aside(tensor: Tensor, earlier: Tensor | None = None) -> Tensor:
         >>> aside(torch.arange(3))
         tensor([0, 1, 2])
     """
-    is_copy = tensor.device.type != "cpu"
-    tensor = tensor.detach().cpu()
-    if earlier is not None and earlier.dtype == tensor.dtype and torch.equal(earlier, tensor):
-        return earlier
-    if is_copy:
-        return tensor
+    tensor = tensor.detach()
+    if tensor.device.type != "cpu":
+        return tensor.cpu()
     if tensor.nbytes < SMALL or os.name != "posix":
         return tensor.clone()
     content = tensor.contiguous().view(torch.uint8).numpy()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from ..substitute import call_with
 from .config import SaraConfig
 from .places import Places
 from .running import has_hooks, runner
-from .values import SaraValues, writing
-from .weight import CopiedWeight, WeightInUse, WrittenWeight, is_own, state_of
+from .values import SaraValues
+from .weight import CopiedWeight, OwnWeight, WeightInUse, WrittenWeight, is_own
+
+_KNOWN = {"output_size"}  # of what a module may be called with by name
 
 
 class SaraLayer(SaraValues):
@@ -55,6 +58,7 @@ class SaraLayer(SaraValues):
 
     def _set_owner(self, owner: nn.Module) -> None:
         self.base_layer = owner
+        self.own_weight = OwnWeight(owner._parameters.get("weight"))
 
     @property
     def owner(self) -> nn.Module:
@@ -77,63 +81,75 @@ class SaraLayer(SaraValues):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module with the active adapters' values in its parameters."""
         adapters = self._applied()
+        can_run = (
+            self._run is not None
+            and not has_hooks(self.base_layer)
+            and not (kwargs.keys() - _KNOWN)
+        )
         if not adapters:
-            return self._run_base(*args, **kwargs)
-        if len(adapters) == 1 and self.adapts("weight", adapters[0]) and self._can_run():
-            (adapter,) = adapters
-            bias = getattr(self.base_layer, "bias", None)
-            if self.adapts("bias", adapter):
-                bias = self._effective("bias", adapters)
-            weight = self._weight_in_use(adapter)
-            assert self._run is not None
-            values = self._scaled(adapter, "weight")
-            return self._run(self.base_layer, values, weight, bias, *args, **kwargs)
+            self.put_back()
+            if can_run and self._is_kept_by_autograd():
+                return self._run_sparsely(None, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
+        if can_run and len(adapters) == 1 and self.adapts("weight", adapters[0]):
+            return self._run_sparsely(adapters[0], *args, **kwargs)
         self.put_back()
         tensors = {name: self._effective(name, adapters) for name in self.adapted_names(adapters)}
         return call_with(self.base_layer, tensors, args, kwargs)
 
-    def _run_base(self, *args: Any, **kwargs: Any) -> Any:
-        self.put_back()
-        weight: Any = self.base_layer._parameters.get("weight")
-        is_kept = torch.is_grad_enabled() and not isinstance(self.base_layer, nn.Embedding)
-        may_change = self._can_run() and not self.merged and is_own(self.base_layer)
-        if not (is_kept and may_change) or weight.requires_grad:
-            return self.base_layer(*args, **kwargs)
-        # Autograd would refuse a weight that it keeps once there are values in it.
-        assert self._run is not None
+    def _run_sparsely(self, adapter: str | None, *args: Any, **kwargs: Any) -> Any:
         bias = getattr(self.base_layer, "bias", None)
-        in_use = WrittenWeight(self, weight, None, None)
-        return self._run(self.base_layer, None, in_use, bias, *args, **kwargs)
+        values = places = None
+        if adapter is not None:
+            values, places = self._scaled(adapter, "weight"), self.places[adapter]["weight"]
+            if self.adapts("bias", adapter):
+                bias = self._effective("bias", [adapter])
+        weight: WeightInUse
+        if is_own(self.base_layer, self.own_weight):
+            weight = WrittenWeight(
+                self.own_weight, adapter, places, partial(self._without, "weight")
+            )
+        else:
+            self.put_back(unless=[] if adapter is None else [adapter])
+            weight = CopiedWeight(self.base_layer.weight, places)
+        assert self._run is not None
+        return self._run(self.base_layer, values, weight, bias, *args, **kwargs)
 
-    def _can_run(self) -> bool:
-        return self._run is not None and not has_hooks(self.base_layer)
+    def _is_kept_by_autograd(self) -> bool:
+        """Say whether autograd would keep the weight, and refuse it once there are values in it."""
+        return (
+            torch.is_grad_enabled()
+            and not self.merged
+            and not isinstance(self.base_layer, nn.Embedding)
+            and is_own(self.base_layer, self.own_weight)
+            and not self.base_layer.weight.requires_grad
+        )
 
     # The weight, with values in it.
 
-    def _weight_in_use(self, adapter: str) -> WeightInUse:
-        places, weight = self.places[adapter]["weight"], self.base_layer.weight
-        if is_own(self.base_layer):
-            return WrittenWeight(self, weight, adapter, places)
-        if self._holds_others("weight", adapter):
-            self.put_back()
-        return CopiedWeight(weight, places)
+    def put_back(self, unless: Sequence[str] = ()) -> None:
+        """Put the base model's own values back into the weight, unless they may stay."""
+        if self.own_weight.adapter not in (None, *unless):
+            self.own_weight.put_back()
 
-    def hold(self, adapter: str | None, values: Tensor | None) -> None:
-        """Write an adapter's values into the weight, or put the base model's own back (None)."""
-        weight: Any = self.base_layer.weight
-        # What is kept in inference mode would be of no use to autograd.
-        with writing, torch.inference_mode(False), torch.no_grad():
-            if adapter is None or self._holds_others("weight", adapter):
-                self.put_back()
-            if adapter is not None:
-                assert values is not None
-                self._keep_originals([(adapter, "weight")])
-                self.places[adapter]["weight"].write(weight.detach(), values)
-            self._held = state_of(adapter, values, weight)
+    def forget(self) -> None:
+        """Put the base model's own values back; what the weight is then, is the base model's."""
+        self.own_weight.forget()
 
-    def holds(self, adapter: str | None, values: Tensor | None) -> bool:
-        """Say whether the weight is as `hold` with the same values has left it."""
-        return self._held == state_of(adapter, values, self.base_layer.weight)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SaraLayer:
+        super()._apply(fn, recurse)
+        self.own_weight = OwnWeight(self.base_layer._parameters.get("weight"))
+        return self
+
+    def _own(self, name: str) -> Tensor:
+        if name == "weight" and self.own_weight.adapter is not None:
+            return self.own_weight.base()
+        return super()._own(name)
+
+    def _start(self, adapter: str, name: str) -> Tensor:
+        if name == "weight" and self.own_weight.adapter == adapter:
+            return self.own_weight.own(adapter)
+        return super()._start(adapter, name)
 
     def __getattr__(self, name: str) -> Any:
         try:

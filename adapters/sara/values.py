@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -20,9 +19,6 @@ from .autograd import SparseTensor
 from .config import SaraConfig
 from .functional import outside
 from .places import Places
-
-# Of weights. One lock for all layers: one of its own could not be copied or pickled.
-writing = threading.RLock()
 
 
 class SaraValues(nn.Module, ScaledLayer):
@@ -56,9 +52,7 @@ class SaraValues(nn.Module, ScaledLayer):
         self.rules: dict[str, tuple[str, float]] = {}  # how entries were selected, and the cutoff
         self.scale, self.scaling = {}, {}
         self.merged_adapters = []
-        self._originals: dict[tuple[str, str], Tensor] = {}  # of weights that hold values
-        self._kept: dict[tuple[str, str], Tensor] = {}  # those before: most often they are the same
-        self._held: tuple[Any, ...] = ()  # what the weight holds to run with, and both their states
+        self._originals: dict[tuple[str, str], Tensor] = {}  # of what is merged
         self.training = owner.training
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, places)
@@ -85,7 +79,7 @@ class SaraValues(nn.Module, ScaledLayer):
 
         Without places it waits for those that a file lists: for another `update_layer`.
         """
-        self.put_back()
+        self.forget()
         self.rules[adapter_name] = (config.select, config.cutoff or 0.0)
         self.places[adapter_name] = {}
         if not places:
@@ -119,8 +113,7 @@ class SaraValues(nn.Module, ScaledLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters."""
         super().set_adapter(adapter_names, inference_mode)
-        if not all(adapter in self.active_adapters for adapter, _ in self._originals):
-            self.put_back()
+        self.put_back(unless=self.active_adapters)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Run with the active adapters, or as the base model does."""
@@ -130,12 +123,11 @@ class SaraValues(nn.Module, ScaledLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter."""
-        self.put_back()
-        self._kept = {}
+        self.forget()
         super().delete_adapter(adapter_name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SaraValues:
-        self.put_back()
+        self.forget()
         moved = {key: fn(self._original(*key)) for key in self._originals}
         super()._apply(fn, recurse)
         self.places = {
@@ -143,7 +135,6 @@ class SaraValues(nn.Module, ScaledLayer):
             for adapter, by_name in self.places.items()
         }
         self._originals = {key: aside(tensor) for key, tensor in moved.items()}
-        self._kept = {}
         return self
 
     # A state dict is the base model's and the adapters' own: nothing of one stands in the other.
@@ -154,7 +145,7 @@ class SaraValues(nn.Module, ScaledLayer):
         return super().state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.put_back()
+        self.forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _move_adapter_to_device_of_base_layer(
@@ -194,8 +185,7 @@ class SaraValues(nn.Module, ScaledLayer):
     def _effective(self, name: str, adapters: Sequence[str]) -> Tensor:
         """Return a parameter with the adapters' values in it, W + Σ ΔW where they overlap."""
         first, *others = (adapter for adapter in adapters if self.adapts(name, adapter))
-        if others or self._holds_others(name, first):
-            self.put_back()
+        self.put_back(unless=[] if others else [first])
         weight = self.base_parameter(name)
         dtype = torch.promote_types(weight.dtype, torch.float32) if others else weight.dtype
         total = SparseTensor.apply(
@@ -263,8 +253,13 @@ class SaraValues(nn.Module, ScaledLayer):
         own = (name for name, _ in self.owner.named_parameters(recurse=False))
         return {name: self._without(name) for name in own}
 
+    def _own(self, name: str) -> Tensor:
+        """Return a parameter without the values that it holds to run with."""
+        parameter: Tensor = self.base_parameter(name)
+        return parameter.detach()
+
     def _without(self, name: str) -> Tensor:
-        weight: Tensor = self.base_parameter(name).detach()
+        weight = self._own(name)
         for adapter, of in self._originals:
             if of == name:
                 values = self._original(adapter, name)
@@ -278,7 +273,7 @@ class SaraValues(nn.Module, ScaledLayer):
         adapters = [adapter for adapter in self._applied() if self.adapts(name, adapter)]
         if adapters:
             return self._effective(name, adapters)
-        if any(of == name for _, of in self._originals):
+        if name == "weight":
             self.put_back()
         return self.base_parameter(name)
 
@@ -307,36 +302,36 @@ class SaraValues(nn.Module, ScaledLayer):
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
                 )
         together = [*self.merged_adapters, *names]
+        self.put_back()
         self._restore()
         merged = {name: self._effective(name, together) for name in self.adapted_names(together)}
-        self._keep_originals([(a, name) for a in together for name in self.places[a]])
+        self._originals = {
+            (adapter, name): aside(self._start(adapter, name))
+            for adapter in together
+            for name in self.places[adapter]
+        }
         for name, weight in merged.items():
             self.base_parameter(name).data.copy_(weight)
         self.merged_adapters = together
 
-    def _keep_originals(self, keys: Iterable[tuple[str, str]]) -> None:
-        """Keep the entries of weights that are going to hold an adapter's values, unless it is."""
-        for key in keys:
-            if key not in self._originals:
-                own = self._start(*key)
-                self._kept[key] = aside(own, self._kept.get(key))
-                self._originals[key] = self._kept[key]
-
     @torch.no_grad()
     def _restore(self) -> None:
-        with writing:
-            for adapter, name in self._originals:
-                weight = self.base_parameter(name).detach()
-                self.places[adapter][name].write(weight, self._original(adapter, name))
-            self._originals, self._held = {}, ()
+        for adapter, name in self._originals:
+            weight = self.base_parameter(name).detach()
+            self.places[adapter][name].write(weight, self._original(adapter, name))
+        self._originals = {}
 
-    def _holds_others(self, name: str, adapter: str) -> bool:
-        return any(of == name and holder != adapter for holder, of in self._originals)
+    # What weights hold to run with: nothing, unless a class says otherwise.
 
-    def put_back(self) -> None:
-        """Put the base model's own values back into weights that run with an adapter's."""
-        if self._held and self._originals:
-            self._restore()
+    def put_back(self, unless: Sequence[str] = ()) -> None:
+        """Put the base model's own values back into weights that run with an adapter's.
+
+        Args:
+            unless: adapters whose values may stay.
+        """
+
+    def forget(self) -> None:
+        """Put the base model's own values back; what the weights are then, is the base model's."""
 
 
 def _noise_like(values: Tensor, weight: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import graftune
 from graftune.adapters.sara import places as places_module
 from graftune.adapters.sara.layer import SaraLayer
+from graftune.adapters.sara.weight import WrittenWeight
 
 
 class PaddedWeird(nn.Conv2d):
@@ -125,7 +126,9 @@ def test_gradients_of_gradients() -> None:
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
 
     def run(values: Tensor, x: Tensor) -> Tensor:
-        return layer._run(layer.base_layer, values, layer._weight_in_use("default"), None, x)
+        places, base = layer.places["default"]["weight"], layer.base_layer.weight.detach
+        weight = WrittenWeight(layer.own_weight, "default", places, base)
+        return layer._run(layer.base_layer, values, weight, None, x)
 
     values = layer.values("default", "weight").detach().clone().requires_grad_()
     assert torch.autograd.gradcheck(run, (values, x))

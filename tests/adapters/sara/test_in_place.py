@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -215,6 +216,107 @@ def test_gradients_are_those_of_the_values_of_the_forward_pass(
         assert torch.equal(one, other)
 
 
+def merged(model: Any) -> None:
+    model.merge_adapter()
+
+
+def unloaded(model: Any) -> None:
+    model.unload()
+
+
+def off(model: Any) -> None:
+    model.base_model.disable_adapter_layers()
+
+
+def gone(model: Any) -> None:
+    model.delete_adapter("default")
+
+
+@pytest.mark.parametrize("happens", [merged, unloaded, off, gone], ids=lambda f: f.__name__)
+def test_gradients_after_the_end_leave_the_weights_alone(happens: Callable[[Any], None]) -> None:
+    model, expected = adapted(), adapted()
+    found = list(layers(model).values())
+    values = [p for layer in found for p in layer.sara_values["default"].parameters()]
+    output = model(IDS)
+    happens(model)
+    before = [layer.base_layer.weight.detach().clone() for layer in found]
+    output.square().sum().backward()
+    assert all(
+        torch.equal(layer.base_layer.weight, w) for layer, w in zip(found, before, strict=True)
+    )
+    expected(IDS).square().sum().backward()
+    wanted = [p.grad for x in layers(expected).values() for p in x.sara_values.parameters()]
+    for one, other in zip(values, wanted, strict=True):
+        if happens is not off:  # which freezes the values
+            torch.testing.assert_close(one.grad, other)
+    if happens is merged:
+        torch.testing.assert_close(model(IDS), expected(IDS))
+        model.unmerge_adapter()
+        assert is_base(switched_off(model))
+
+
+def test_moving_averages_over_all_parameters() -> None:
+    """As diffusers' EMAModel does it: all are stored, others used, and the stored ones put back."""
+    model = adapted()
+    model(IDS)
+    stored = [p.detach().clone() for p in model.parameters()]
+    model.state_dict()
+    for parameter, earlier in zip(model.parameters(), stored, strict=True):
+        parameter.data.copy_(earlier)
+    model(IDS)
+    assert is_base(switched_off(model))
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, torch.clone])
+def test_other_tensors_in_the_place_of_the_parameters(kind: Callable[[Tensor], Tensor]) -> None:
+    model, other = adapted(), adapted()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    given = {name: kind(p.detach().clone()) for name, p in other.named_parameters()}
+    before = {name: p.detach().clone() for name, p in given.items()}
+    expected = other(IDS)
+    model(IDS)
+    actual = torch.func.functional_call(model, given, (IDS,))
+    torch.testing.assert_close(actual, expected)
+    assert all(torch.equal(p, before[name]) for name, p in given.items())
+    assert is_base(switched_off(model))
+
+
+def test_scaled_passes_under_hooks_that_copy_what_is_kept() -> None:
+    x = torch.randn(3, 6)
+
+    def gradient() -> Tensor:
+        torch.manual_seed(0)
+        model = adapted(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)))
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter.data.normal_()
+        y = x.clone().requires_grad_()
+        outputs = []
+        for scale in (0.5, -0.5):
+            for layer in layers(model).values():
+                layer.set_scale("default", scale)
+            outputs.append(model(y).square())
+        (outputs[0] - outputs[1]).sum().backward()
+        assert y.grad is not None
+        return y.grad
+
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda tensor: tensor.clone()):
+        hooked = gradient()
+    torch.testing.assert_close(hooked, gradient())
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_gradients_of_gradients_beside_another_pass(is_on: bool) -> None:
+    model = adapted(nn.Sequential(nn.Conv1d(4, 5, 3, padding=1), nn.Tanh(), nn.Conv1d(5, 2, 1)))
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    with nullcontext() if is_on else model.disable_adapter():
+        (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    (model(x).sum() + g.square().sum()).backward()
+    assert x.grad is not None
+
+
 def test_two_passes_before_their_gradients() -> None:
     model, expected = adapted(), adapted()
     first, second = model(IDS).square().sum(), model(IDS.flip(0)).exp().sum()
@@ -299,14 +401,6 @@ def test_a_large_tensor_is_kept_in_a_file_and_a_small_one_in_memory() -> None:
         tensor.zero_()
         assert kept.any()
         assert torch.equal(pickle.loads(pickle.dumps(kept)), kept)
-
-
-def test_what_is_the_same_is_kept_once() -> None:
-    tensor = torch.randn(SMALL)
-    kept = aside(tensor)
-    assert aside(tensor, kept) is kept
-    assert torch.equal(aside(tensor + 1, kept), tensor + 1)
-    assert aside(tensor.half(), kept).dtype == torch.half
 
 
 def test_without_a_file_it_stays_in_memory_which_is_said(
