@@ -311,7 +311,7 @@ class SaraValues(nn.Module, ScaledLayer):
             for name in self.places[adapter]
         }
         for name, weight in merged.items():
-            self.base_parameter(name).data.copy_(weight)
+            self.base_parameter(name).detach().copy_(weight)  # not `.data`: graphs have to notice
         self.merged_adapters = together
 
     @torch.no_grad()

@@ -157,7 +157,7 @@ class WrittenWeight:
                 self._mark = self.own.write(self.adapter, self.places, values)
         if self.own.is_as(self._mark):
             return self.weight.to(dtype)
-        return CopiedWeight(self.base(), self.places).whole(values, dtype)
+        return CopiedWeight(self.base(), self.places).rows(values, None, dtype)
 
     def differentiable(self) -> CopiedWeight:
         """Return W′ as a copy, in which nothing of W itself is left for autograd to keep."""
@@ -176,10 +176,6 @@ class CopiedWeight:
         if values is None or self.places is None:
             return self.weight.to(dtype)
         return self.places.put(self.weight, values, dtype, part, for_now=True)
-
-    def whole(self, values: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Return a copy of all rows of W with the values in them."""
-        return self.rows(values, None, dtype)
 
     def differentiable(self) -> CopiedWeight:
         """Return this one, as gradients flow through its copies."""

@@ -255,6 +255,18 @@ def test_gradients_after_the_end_leave_the_weights_alone(happens: Callable[[Any]
         assert is_base(switched_off(model))
 
 
+def test_gradients_through_the_base_model_that_is_merged_by_then() -> None:
+    base = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model, plain = adapted(copy.deepcopy(base)), base.requires_grad_(False)
+    x = torch.randn(2, 4, requires_grad=True)
+    with model.disable_adapter():
+        output = model(x)
+    model.merge_adapter()
+    (actual,) = torch.autograd.grad(output.sum(), x)
+    (expected,) = torch.autograd.grad(plain(x).sum(), x)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_moving_averages_over_all_parameters() -> None:
     """As diffusers' EMAModel does it: all are stored, others used, and the stored ones put back."""
     model = adapted()
