@@ -6,7 +6,7 @@ INSTALLED = $(VENV)/.installed
 
 .PHONY: demo test check format peft-conformance benchmarks clean
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[all,test,check,benchmark,examples]'
@@ -24,14 +24,13 @@ test: $(INSTALLED)  ## the tests, and a quick form of PEFT's own tests
 peft-conformance: $(INSTALLED)  ## PEFT's own tests on graftune's methods
 	$(BIN)/python tests/conformance/run.py
 
-# The type checker reads the packages under the names they are installed under.
+# The links let the type checker read the files under the names they are installed under.
 check: $(INSTALLED)  ## lint, format, types, the documentation's links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed && mkdir -p build/typed/graftune
-	cp -r graftune/. build/typed/graftune/
-	cp -r adapters integrations build/typed/graftune/
-	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p graftune
+	ln -sfn ../adapters graftune/adapters
+	ln -sfn ../integrations graftune/integrations
+	$(BIN)/mypy -p graftune
 	$(BIN)/mkdocs build --strict --quiet
 
 format: $(INSTALLED)  ## let ruff fix and format

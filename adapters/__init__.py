@@ -1,10 +1,10 @@
 """What is trained: one folder a method, each registered with PEFT on import."""
 
-from graftune.adapters.deep_prompts import DeepPromptConfig
 from graftune.adapters.flora import FloraConfig
 from graftune.adapters.mask_tuning import MaskTuningConfig
-from graftune.adapters.one_prompt import OnePromptConfig
-from graftune.adapters.prompt_pools import CodaPromptConfig, DualPromptConfig, L2PConfig
+from graftune.adapters.prompts.deep import DeepPromptConfig
+from graftune.adapters.prompts.one import OnePromptConfig
+from graftune.adapters.prompts.pools import CodaPromptConfig, DualPromptConfig, L2PConfig
 from graftune.adapters.sara import SaraConfig
 
 __all__ = [

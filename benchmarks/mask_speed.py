@@ -45,7 +45,7 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
 import graftune
-from graftune.adapters.frozen import frozen_base
+from graftune.adapters.base.frozen import frozen_base
 
 RESULTS = Path(__file__).parent / "results" / "mask_speed.json"
 INFERENCE = ("base again", "evaluated", "merged", "disabled")

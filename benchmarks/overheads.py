@@ -20,7 +20,7 @@ from measure import environment, interleaved, summary, write_json
 from rich.console import Console
 from rich.table import Table
 
-from graftune.adapters.digest import base_digest
+from graftune.adapters.base.digest import base_digest
 
 RESULT = Path(__file__).parent / "results" / "overheads.json"
 IMPORT_TARGET, DIGEST_TARGET = 0.2, 1.0

@@ -49,7 +49,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import graftune
 from graftune.adapters.regularizers.outliers import kth_distance, virtual_outliers
 from graftune.integrations.class_incremental.objectives import TaskClassifier
-from graftune.integrations.trainer import regularizers_of
+from graftune.integrations.training import regularizers_of
 
 RESULT = Path(__file__).parent / "results" / "ovor_speed.json"
 SEED, CLASSES = 0, 100

@@ -49,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import graftune
 from embedded.model import load_clip
 from embedded.pictures import all_emoji
-from graftune.adapters.frozen import frozen_base
+from graftune.adapters.base.frozen import frozen_base
 
 RESULT = Path(__file__).parent / "results" / "promptsrc_speed.json"
 SEED = 0

@@ -29,7 +29,6 @@ from rich.table import Table
 from transformers import AutoImageProcessor, HfArgumentParser, TrainingArguments, set_seed
 
 import graftune
-from graftune.integrations.base_models import load_base_model
 from graftune.integrations.class_incremental import (
     METRICS,
     ClassIncrementalTrainer,
@@ -40,6 +39,7 @@ from graftune.integrations.class_incremental import (
     split_tasks,
 )
 from graftune.integrations.data import ImageCollator, hold_out, load_images
+from graftune.integrations.libraries.base_models import load_base_model
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded" / "clip"
 

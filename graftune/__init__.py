@@ -19,9 +19,10 @@ from graftune.adapters import (
     OnePromptConfig,
     SaraConfig,
 )
-from graftune.adapters.checkpoint import AdapterMismatchError
-from graftune.adapters.classifier import grow_classifier, mask_classes
-from graftune.adapters.prompt_pools import start_task
+from graftune.adapters.base.checkpoint import AdapterMismatchError
+from graftune.adapters.base.classifier import grow_classifier, mask_classes
+from graftune.adapters.base.tuner import BaseModelMismatchError
+from graftune.adapters.prompts.pools import start_task
 from graftune.adapters.regularizers import (
     ElasticWeightConsolidation,
     FrozenDistillation,
@@ -42,9 +43,8 @@ from graftune.adapters.regularizers import (
     virtual_outliers,
 )
 from graftune.adapters.stack import StackConfig
-from graftune.adapters.tuner import BaseModelMismatchError
 from graftune.attached import attached
-from graftune.integrations.class_lists import ClassListError
+from graftune.integrations.sharing.class_lists import ClassListError
 from graftune.load import load
 from graftune.recipes import Recipe, recipes
 from graftune.wrap import wrap
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
         Denoising,
         ImageClassifier,
     )
-    from graftune.integrations.trainer import Trainer, TrainerMixin, last_checkpoint
+    from graftune.integrations.training import Trainer, TrainerMixin, last_checkpoint
 
 __version__ = "0.1.0"
 
@@ -126,9 +126,9 @@ _LAZY = {
     "Denoising": "graftune.integrations.objectives.denoising",
     "ImageClassifier": "graftune.integrations.objectives.image_classes",
     "TaskRecord": "graftune.integrations.class_incremental",
-    "Trainer": "graftune.integrations.trainer",
-    "TrainerMixin": "graftune.integrations.trainer",
-    "last_checkpoint": "graftune.integrations.trainer",
+    "Trainer": "graftune.integrations.training",
+    "TrainerMixin": "graftune.integrations.training",
+    "last_checkpoint": "graftune.integrations.training",
     "split_tasks": "graftune.integrations.class_incremental",
 }
 

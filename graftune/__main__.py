@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from graftune.commands import main
+from graftune.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

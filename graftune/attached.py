@@ -6,8 +6,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from graftune.adapters.attached import attached as attached_to
-from graftune.integrations.pipelines import target_of, tell_diffusers
+from graftune.adapters.base.attached import attached as attached_to
+from graftune.integrations.libraries.pipelines import target_of, tell_diffusers
 
 
 def attached(model: Any, *, component: str | None = None) -> PeftModel:

@@ -8,15 +8,15 @@ from typing import Any, Literal
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from graftune.adapters.checkpoint import check_fits
-from graftune.adapters.classifier import fit_classifier
-from graftune.adapters.config import GraftConfig
-from graftune.adapters.folder import read_config, read_shapes
-from graftune.adapters.messages import listing, nearest
-from graftune.adapters.restore import untouched_on_error
-from graftune.integrations.class_lists import check_classes
-from graftune.integrations.hub.fetch import fetch_adapter
-from graftune.integrations.pipelines import is_pipeline, target_of, tell_diffusers
+from graftune.adapters.base.checkpoint import check_fits
+from graftune.adapters.base.classifier import fit_classifier
+from graftune.adapters.base.config import GraftConfig
+from graftune.adapters.base.folder import read_config, read_shapes
+from graftune.adapters.base.messages import listing, nearest
+from graftune.adapters.base.restore import untouched_on_error
+from graftune.integrations.libraries.pipelines import is_pipeline, target_of, tell_diffusers
+from graftune.integrations.sharing.class_lists import check_classes
+from graftune.integrations.sharing.fetch import fetch_adapter
 
 _HUB_OPTIONS = frozenset({"revision", "token", "cache_dir", "local_files_only", "force_download"})
 _PEFT_OPTIONS = frozenset({"torch_device", "low_cpu_mem_usage", "autocast_adapter_dtype"})

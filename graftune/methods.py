@@ -10,16 +10,16 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
-from graftune.adapters.deep_prompts import DeepPromptConfig
+from graftune.adapters.base.messages import listing, nearest
 from graftune.adapters.mask_tuning import MaskTuningConfig
-from graftune.adapters.messages import listing, nearest
-from graftune.adapters.prefixes import PrefixConfig
+from graftune.adapters.prompts.deep import DeepPromptConfig
+from graftune.adapters.prompts.prefix import PrefixConfig
 from graftune.adapters.regularizers import Regularizer, recorded, regularizer
 from graftune.adapters.sara import SaraConfig
-from graftune.integrations.attention_places import fill_prefix_config
-from graftune.integrations.families import default_targets, recognise
-from graftune.integrations.masks import fill_mask_config
-from graftune.integrations.prompts import fill_prompt_config
+from graftune.integrations.libraries.attention_places import fill_prefix_config
+from graftune.integrations.libraries.families import default_targets, recognise
+from graftune.integrations.libraries.masks import fill_mask_config
+from graftune.integrations.libraries.prompts import fill_prompt_config
 from graftune.recipes import recipes
 
 Method = str | PeftConfig

@@ -7,11 +7,11 @@ from typing import Any
 
 from peft import PeftConfig
 
-from graftune.adapters.deep_prompts import DeepPromptConfig
 from graftune.adapters.flora import FloraConfig
 from graftune.adapters.mask_tuning import MaskTuningConfig
-from graftune.adapters.one_prompt import OnePromptConfig
-from graftune.adapters.prompt_pools import CodaPromptConfig, DualPromptConfig, L2PConfig
+from graftune.adapters.prompts.deep import DeepPromptConfig
+from graftune.adapters.prompts.one import OnePromptConfig
+from graftune.adapters.prompts.pools import CodaPromptConfig, DualPromptConfig, L2PConfig
 from graftune.adapters.regularizers import (
     GaussianAveraging,
     GradientDropout,

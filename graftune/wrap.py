@@ -9,12 +9,12 @@ from typing import Any
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from graftune.adapters.messages import listing
+from graftune.adapters.base.messages import listing
+from graftune.adapters.base.restore import untouched_on_error
 from graftune.adapters.regularizers import Regularizer, record
-from graftune.adapters.restore import untouched_on_error
 from graftune.adapters.stack import StackConfig, add_method
 from graftune.adapters.stack.config import method_of
-from graftune.integrations.pipelines import is_pipeline, target_of, tell_diffusers
+from graftune.integrations.libraries.pipelines import is_pipeline, target_of, tell_diffusers
 from graftune.methods import Method, fill, method_configs, own_regularizers
 
 
@@ -32,7 +32,8 @@ def wrap(
 
     The model's family is recognised (transformers, open_clip, timm, diffusers, or any
     `nn.Module`), and what the config leaves open is filled in for it: the layers to adapt
-    (`graftune.integrations.families.default_targets`) and the task type of a transformers head.
+    (`graftune.integrations.libraries.families.default_targets`) and the task type of a
+    transformers head.
     `peft.get_peft_model(model, config)` does the same without these defaults.
 
     Args:

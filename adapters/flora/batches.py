@@ -10,9 +10,9 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..messages import listing, nearest
-from .layer import FloraLayer
-from .weight import FloraWeight
+from graftune.adapters.base.messages import listing, nearest
+from graftune.adapters.flora.layer import FloraLayer
+from graftune.adapters.flora.weight import FloraWeight
 
 BASE = "__base__"  # PEFT's name for "no adapter"
 

@@ -8,11 +8,11 @@ from copy import deepcopy
 
 from torch import Tensor, nn
 
-from .config import FloraConfig
-from .functional import resolve_ranks
-from .layer import FloraLayer
-from .parameter import FloraParameters
-from .weight import FloraWeight
+from graftune.adapters.flora.config import FloraConfig
+from graftune.adapters.flora.functional import resolve_ranks
+from graftune.adapters.flora.layer import FloraLayer
+from graftune.adapters.flora.parameter import FloraParameters
+from graftune.adapters.flora.weight import FloraWeight
 
 # The name of an adapted tensor: its module's, and its own where it is adapted by itself.
 Place = tuple[str, str | None]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..config import WeightConfig
-from ..registration import add_peft_type
+from graftune.adapters.base.config import WeightConfig
+from graftune.adapters.base.registration import add_peft_type
 
 FLORA = add_peft_type("FLORA")
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import (
+from graftune.adapters.flora.functional import (
     conv_branch,
     conv_dense,
     conv_transpose_branch,
     conv_transpose_dense,
 )
-from .weight import FloraWeight
+from graftune.adapters.flora.weight import FloraWeight
 
 
 class ConvNd(FloraWeight):

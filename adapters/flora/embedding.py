@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import add_embedding
-from .weight import FloraWeight
+from graftune.adapters.flora.functional import add_embedding
+from graftune.adapters.flora.weight import FloraWeight
 
 
 class Embedding(FloraWeight):

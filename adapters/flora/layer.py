@@ -12,9 +12,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from ..scaling import ScaledLayer
-from .config import FloraConfig
-from .functional import concatenate, tucker_weight
+from graftune.adapters.base.scaling import ScaledLayer
+from graftune.adapters.flora.config import FloraConfig
+from graftune.adapters.flora.functional import concatenate, tucker_weight
 
 
 class FloraLayer(nn.Module, ScaledLayer):

@@ -7,8 +7,8 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .functional import add_linear
-from .weight import FloraWeight
+from graftune.adapters.flora.functional import add_linear
+from graftune.adapters.flora.weight import FloraWeight
 
 
 class Linear(FloraWeight):

@@ -14,21 +14,21 @@ from peft.utils import ModulesToSaveWrapper, get_quantization_kwargs
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..layer_types import CONVOLUTIONS, TRANSPOSED, parameter_shape
-from ..messages import listing, nearest
-from ..placing import WeightTuner
-from .batches import mixed_batch
-from .combine import combined_config, places
-from .config import FloraConfig
-from .conv import ConvNd, ConvTransposeNd
-from .embedding import Embedding
-from .functional import resolve_ranks
-from .layer import FloraLayer
-from .linear import Linear
-from .parameter import FloraParameters
-from .shapes import weight_shape
-from .targets import has_no_input, rank_setting, scale_setting, shapes_at
-from .weight import FloraWeight
+from graftune.adapters.base.layer_types import CONVOLUTIONS, TRANSPOSED, parameter_shape
+from graftune.adapters.base.messages import listing, nearest
+from graftune.adapters.base.weight_tuner import WeightTuner
+from graftune.adapters.flora.batches import mixed_batch
+from graftune.adapters.flora.combine import combined_config, places
+from graftune.adapters.flora.config import FloraConfig
+from graftune.adapters.flora.conv import ConvNd, ConvTransposeNd
+from graftune.adapters.flora.embedding import Embedding
+from graftune.adapters.flora.functional import resolve_ranks
+from graftune.adapters.flora.layer import FloraLayer
+from graftune.adapters.flora.linear import Linear
+from graftune.adapters.flora.parameter import FloraParameters
+from graftune.adapters.flora.shapes import weight_shape
+from graftune.adapters.flora.targets import has_no_input, rank_setting, scale_setting, shapes_at
+from graftune.adapters.flora.weight import FloraWeight
 
 # These read the weights of their linear layers at least at times, instead of calling the layers.
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

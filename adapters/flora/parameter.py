@@ -8,11 +8,11 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..layer_types import parameter_shape
-from ..substitute import call_with
-from .config import FloraConfig
-from .functional import init_tucker, resolve_ranks
-from .layer import FloraLayer
+from graftune.adapters.base.layer_types import parameter_shape
+from graftune.adapters.base.substitute import call_with
+from graftune.adapters.flora.config import FloraConfig
+from graftune.adapters.flora.functional import init_tucker, resolve_ranks
+from graftune.adapters.flora.layer import FloraLayer
 
 
 class FloraParameters(FloraLayer):

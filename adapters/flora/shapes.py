@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..layer_types import CONVOLUTIONS, SUPPORTED, TRANSPOSED, is_quantized_linear
+from graftune.adapters.base.layer_types import (
+    CONVOLUTIONS,
+    SUPPORTED,
+    TRANSPOSED,
+    is_quantized_linear,
+)
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:

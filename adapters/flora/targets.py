@@ -7,10 +7,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..layer_types import parameter_shape, projection_names, runs_as_defined
-from .config import FloraConfig
-from .functional import resolve_ranks
-from .shapes import (
+from graftune.adapters.base.layer_types import parameter_shape, projection_names, runs_as_defined
+from graftune.adapters.flora.config import FloraConfig
+from graftune.adapters.flora.functional import resolve_ranks
+from graftune.adapters.flora.shapes import (
     tensor_shapes,
     weight_shape,
 )

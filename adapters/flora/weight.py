@@ -10,13 +10,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..layer_types import runs_as_defined
-from ..offloaded import check_in_memory
-from ..substitute import call_with
-from .config import FloraConfig
-from .functional import chain_is_cheaper, init_tucker, resolve_ranks
-from .layer import FloraLayer, dense_delta
-from .shapes import stride_product, weight_shape
+from graftune.adapters.base.layer_types import runs_as_defined
+from graftune.adapters.base.offloaded import check_in_memory
+from graftune.adapters.base.substitute import call_with
+from graftune.adapters.flora.config import FloraConfig
+from graftune.adapters.flora.functional import chain_is_cheaper, init_tucker, resolve_ranks
+from graftune.adapters.flora.layer import FloraLayer, dense_delta
+from graftune.adapters.flora.shapes import stride_product, weight_shape
 
 
 class FloraWeight(FloraLayer):

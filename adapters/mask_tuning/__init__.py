@@ -1,12 +1,17 @@
 """Mask tuning: which pretrained weights to switch off (R-AMT, arXiv 2307.15049)."""
 
-from ..registration import register
-from .config import MaskTuningConfig
-from .layer import MaskTuningLayer
-from .model import MaskTuningModel
-from .released import export_released, from_released, import_released, to_released
-from .selection import importance, is_pending, most_important, select
-from .stored import StoredMask, is_stored_mask, stored_masks
+from graftune.adapters.base.registration import register
+from graftune.adapters.mask_tuning.config import MaskTuningConfig
+from graftune.adapters.mask_tuning.layer import MaskTuningLayer
+from graftune.adapters.mask_tuning.model import MaskTuningModel
+from graftune.adapters.mask_tuning.released import (
+    export_released,
+    from_released,
+    import_released,
+    to_released,
+)
+from graftune.adapters.mask_tuning.selection import importance, is_pending, most_important, select
+from graftune.adapters.mask_tuning.stored import StoredMask, is_stored_mask, stored_masks
 
 __all__ = [
     "MaskTuningConfig",

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..config import WeightConfig
-from ..registration import add_peft_type
+from graftune.adapters.base.config import WeightConfig
+from graftune.adapters.base.registration import add_peft_type
 
 MASK_TUNING = add_peft_type("MASK_TUNING")
 

@@ -11,12 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..feature_cache import FeatureCache, places
-from ..layer_types import parameter_shape
-from ..substitute import call_with
-from .config import MaskTuningConfig
-from .functional import mask_of, masked_weight, random_mask, scores_of
-from .merging import MaskMerging, selection_pending
+from graftune.adapters.base.feature_cache import FeatureCache, places
+from graftune.adapters.base.layer_types import parameter_shape
+from graftune.adapters.base.substitute import call_with
+from graftune.adapters.mask_tuning.config import MaskTuningConfig
+from graftune.adapters.mask_tuning.functional import mask_of, masked_weight, random_mask, scores_of
+from graftune.adapters.mask_tuning.merging import MaskMerging, selection_pending
 
 
 class MaskTuningLayer(nn.Module, MaskMerging, BaseTunerLayer):

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..messages import listing
+from graftune.adapters.base.messages import listing
 
 if TYPE_CHECKING:
     _Base = BaseTunerLayer

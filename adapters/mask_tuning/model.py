@@ -10,13 +10,13 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..checkpoint import is_training_checkpoint
-from ..messages import listing, warn_once
-from ..modules import without_base_layers
-from ..placing import WeightTuner
-from .layer import MaskTuningLayer
-from .state import comparable, decoded, encoded
-from .targets import shapes_at
+from graftune.adapters.base.checkpoint import is_training_checkpoint
+from graftune.adapters.base.messages import listing, warn_once
+from graftune.adapters.base.modules import without_base_layers
+from graftune.adapters.base.weight_tuner import WeightTuner
+from graftune.adapters.mask_tuning.layer import MaskTuningLayer
+from graftune.adapters.mask_tuning.state import comparable, decoded, encoded
+from graftune.adapters.mask_tuning.targets import shapes_at
 
 
 class MaskTuningModel(WeightTuner):

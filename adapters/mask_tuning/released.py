@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import check_fits
-from ..config import config_of
-from ..modules import without_base_layers
-from .config import MaskTuningConfig
-from .functional import scores_of
-from .layer import MaskTuningLayer
+from graftune.adapters.base.checkpoint import check_fits
+from graftune.adapters.base.config import config_of
+from graftune.adapters.base.modules import without_base_layers
+from graftune.adapters.mask_tuning.config import MaskTuningConfig
+from graftune.adapters.mask_tuning.functional import scores_of
+from graftune.adapters.mask_tuning.layer import MaskTuningLayer
 
 ENDING = ".mask_real"
 

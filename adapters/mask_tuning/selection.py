@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..config import config_of
-from ..messages import listing
-from ..sharded import is_sharded
-from .config import MaskTuningConfig
-from .layer import MaskTuningLayer
+from graftune.adapters.base.config import config_of
+from graftune.adapters.base.messages import listing
+from graftune.adapters.base.sharded import is_sharded
+from graftune.adapters.mask_tuning.config import MaskTuningConfig
+from graftune.adapters.mask_tuning.layer import MaskTuningLayer
 
 
 def importance(gradients: Iterable[Tensor], weight: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .coding import decode_mask, mask_shape
-from .state import BITS
+from graftune.adapters.mask_tuning.coding import decode_mask, mask_shape
+from graftune.adapters.mask_tuning.state import BITS
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,14 @@ from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..layer_types import CONVOLUTIONS, TRANSPOSED, parameter_shape, projection_names
-from .config import MaskTuningConfig
-from .layer import scored_entries
+from graftune.adapters.base.layer_types import (
+    CONVOLUTIONS,
+    TRANSPOSED,
+    parameter_shape,
+    projection_names,
+)
+from graftune.adapters.mask_tuning.config import MaskTuningConfig
+from graftune.adapters.mask_tuning.layer import scored_entries
 
 SUPPORTED = (nn.Linear, Conv1D, *CONVOLUTIONS, *TRANSPOSED)
 

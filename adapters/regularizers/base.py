@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..messages import listing, nearest
+from graftune.adapters.base.messages import listing, nearest
 
 State = dict[str, Any]  # tensors and what JSON can say
 

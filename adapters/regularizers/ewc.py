@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..precision import at_least_float32
-from ..sharded import check_trained_weights
-from .base import Regularizer, Run, State, Step
+from graftune.adapters.base.precision import at_least_float32
+from graftune.adapters.base.sharded import check_trained_weights
+from graftune.adapters.regularizers.base import Regularizer, Run, State, Step
 
 
 def diagonal_fisher(

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .base import Need, Regularizer, Step
-from .functional import distillation, squared_distance
+from graftune.adapters.regularizers.base import Need, Regularizer, Step
+from graftune.adapters.regularizers.functional import distillation, squared_distance
 
 
 @dataclass
@@ -20,7 +20,7 @@ class FrozenDistillation(Regularizer):
     λ · mean over positions of T² · KL(softmax(z₀/T) ‖ softmax(z/T)) of the logits (arXiv
     1503.02531, section 2; towards the old model: Learning without Forgetting, arXiv 1606.09282), or
     λ · the mean squared distance of the outputs or the features. The frozen model is the adapted
-    one with its adapter off (`graftune.adapters.frozen.frozen_base`).
+    one with its adapter off (`graftune.adapters.base.frozen.frozen_base`).
 
     Args:
         weight: λ ≥ 0.

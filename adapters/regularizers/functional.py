@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..precision import at_least_float32
+from graftune.adapters.base.precision import at_least_float32
 
 
 def distillation(logits: Tensor, frozen_logits: Tensor, temperature: float = 1.0) -> Tensor:

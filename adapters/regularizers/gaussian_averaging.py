@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..sharded import check_trained_weights, spread_like
-from .base import Regularizer, Run, State
+from graftune.adapters.base.sharded import check_trained_weights, spread_like
+from graftune.adapters.regularizers.base import Regularizer, Run, State
 
 
 def gaussian_weights(epochs: int, mean: float, std: float) -> Tensor:

@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..precision import at_least_float32
-from .base import Gradients, Need, Regularizer, Run, State, Step
-from .frozen_distillation import frozen_divergence
+from graftune.adapters.base.precision import at_least_float32
+from graftune.adapters.regularizers.base import Gradients, Need, Regularizer, Run, State, Step
+from graftune.adapters.regularizers.frozen_distillation import frozen_divergence
 
 
 def gradient_dropout(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..precision import at_least_float32
-from ..sharded import check_trained_weights, spread_like, whole
-from ..weights import weight_changes
-from .base import Regularizer, Run, State, Step
+from graftune.adapters.base.precision import at_least_float32
+from graftune.adapters.base.sharded import check_trained_weights, spread_like, whole
+from graftune.adapters.base.weights import weight_changes
+from graftune.adapters.regularizers.base import Regularizer, Run, State, Step
 
 
 def l2_to_start(weights: Iterable[Tensor], starts: Iterable[Tensor]) -> Tensor:

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..precision import at_least_float32
-from ..sharded import check_trained_weights, whole
-from .base import Regularizer, Run, Step
+from graftune.adapters.base.precision import at_least_float32
+from graftune.adapters.base.sharded import check_trained_weights, whole
+from graftune.adapters.regularizers.base import Regularizer, Run, Step
 
 PREFIX = "mask_tuning_"
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..precision import at_least_float32
+from graftune.adapters.base.precision import at_least_float32
 
 Method = Literal["auto", "svd", "polar"]
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ..sharded import whole
-from ..sparse_parts import SparsePart, sparse_parts
-from .base import Regularizer, Run, State, Step
-from .nuclear import Method, nuclear_norm_and_gradient
+from graftune.adapters.base.sharded import whole
+from graftune.adapters.base.sparse_parts import SparsePart, sparse_parts
+from graftune.adapters.regularizers.base import Regularizer, Run, State, Step
+from graftune.adapters.regularizers.nuclear import Method, nuclear_norm_and_gradient
 
 LARGER_THAN = 64  # both sides of a matrix, as published
 

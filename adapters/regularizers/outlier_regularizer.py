@@ -9,9 +9,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..messages import warn_once
-from .base import Regularizer, Run, State, Step
-from .outliers import check_settings, too_high, too_low, virtual_outliers
+from graftune.adapters.base.messages import warn_once
+from graftune.adapters.regularizers.base import Regularizer, Run, State, Step
+from graftune.adapters.regularizers.outliers import (
+    check_settings,
+    too_high,
+    too_low,
+    virtual_outliers,
+)
 
 Head = Callable[[Tensor], Tensor]
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..messages import warn_once
-from ..precision import at_least_float32
+from graftune.adapters.base.messages import warn_once
+from graftune.adapters.base.precision import at_least_float32
 
 Center = Literal["boundary", "origin"]
 

@@ -11,9 +11,9 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from ..frozen import as_adapter
-from .base import Need, State, Step
-from .frozen_distillation import FrozenDistillation
+from graftune.adapters.base.frozen import as_adapter
+from graftune.adapters.regularizers.base import Need, State, Step
+from graftune.adapters.regularizers.frozen_distillation import FrozenDistillation
 
 
 @dataclass

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..sharded import check_trained_weights, is_sharded
-from ..sparse_parts import SparsePart, sparse_parts
-from .base import Gradients, Regularizer, Run, State
+from graftune.adapters.base.sharded import check_trained_weights, is_sharded
+from graftune.adapters.base.sparse_parts import SparsePart, sparse_parts
+from graftune.adapters.regularizers.base import Gradients, Regularizer, Run, State
 
 
 @dataclass

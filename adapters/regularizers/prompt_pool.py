@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..prompt_pools import CodaPromptConfig, DualPromptConfig, L2PConfig, PoolLayer
-from .base import Regularizer, Step
+from graftune.adapters.prompts.pools import CodaPromptConfig, DualPromptConfig, L2PConfig, PoolLayer
+from graftune.adapters.regularizers.base import Regularizer, Step
 
 
 @dataclass

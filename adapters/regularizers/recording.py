@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from .base import Regularizer, regularizer
+from graftune.adapters.regularizers.base import Regularizer, regularizer
 
 FIELD = "regularizers"
 

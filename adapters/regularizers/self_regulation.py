@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..feature_cache import FeatureCache, frozen_state
-from ..frozen import frozen_base
-from ..precision import at_least_float32
-from .base import Need, Regularizer, Step
-from .templates import GENERAL_TEMPLATES
+from graftune.adapters.base.feature_cache import FeatureCache, frozen_state
+from graftune.adapters.base.frozen import frozen_base
+from graftune.adapters.base.precision import at_least_float32
+from graftune.adapters.regularizers.base import Need, Regularizer, Step
+from graftune.adapters.regularizers.templates import GENERAL_TEMPLATES
 
 
 def self_regulation_terms(

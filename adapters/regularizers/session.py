@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_map_only
 
-from ..frozen import frozen_base
-from ..messages import listing
-from ..sharded import is_sharded, keep_spread, whole
-from .base import Gradients, Need, Regularizer, Run, State, Step
+from graftune.adapters.base.frozen import frozen_base
+from graftune.adapters.base.messages import listing
+from graftune.adapters.base.sharded import is_sharded, keep_spread, whole
+from graftune.adapters.regularizers.base import Gradients, Need, Regularizer, Run, State, Step
 
 Forward = Callable[[], Mapping[str, Any]]
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .places import Block, Places
-from .weight import WHOLE, WeightInUse
-from .workspace import workspace
+from graftune.adapters.sara.places import Block, Places
+from graftune.adapters.sara.weight import WHOLE, WeightInUse
+from graftune.adapters.sara.workspace import workspace
 
 _conv = torch.ops.aten.convolution
 _conv_backward = torch.ops.aten.convolution_backward

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..config import WeightConfig
-from ..registration import add_peft_type
+from graftune.adapters.base.config import WeightConfig
+from graftune.adapters.base.registration import add_peft_type
 
 SARA = add_peft_type("SARA")
 

@@ -10,13 +10,19 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..layer_types import SUPPORTED
-from ..substitute import call_with
-from .config import SaraConfig
-from .places import Places
-from .running import has_hooks, runner
-from .values import SaraValues
-from .weight import CopiedWeight, OwnWeight, WeightInUse, WrittenWeight, is_own
+from graftune.adapters.base.layer_types import SUPPORTED
+from graftune.adapters.base.substitute import call_with
+from graftune.adapters.sara.config import SaraConfig
+from graftune.adapters.sara.places import Places
+from graftune.adapters.sara.running import has_hooks, runner
+from graftune.adapters.sara.values import SaraValues
+from graftune.adapters.sara.weight import (
+    CopiedWeight,
+    OwnWeight,
+    WeightInUse,
+    WrittenWeight,
+    is_own,
+)
 
 _KNOWN = {"output_size"}  # of what a module may be called with by name
 

@@ -13,24 +13,30 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
-from ..messages import listing
-from ..modules import base_modules, is_target_parameter
-from ..placing import WeightTuner
-from ..tuner import BaseModelMismatchError, enter_base_digest
-from . import stored
-from .config import SaraConfig
-from .functional import count_below, cutoff_for, magnitude_of_rank, selected, tensor_seed
-from .layer import SaraLayer
-from .places import Places
-from .root import SaraRoot
-from .targets import (
+from graftune.adapters.base.messages import listing
+from graftune.adapters.base.modules import base_modules, is_target_parameter
+from graftune.adapters.base.tuner import BaseModelMismatchError, enter_base_digest
+from graftune.adapters.base.weight_tuner import WeightTuner
+from graftune.adapters.sara import stored
+from graftune.adapters.sara.config import SaraConfig
+from graftune.adapters.sara.functional import (
+    count_below,
+    cutoff_for,
+    magnitude_of_rank,
+    selected,
+    tensor_seed,
+)
+from graftune.adapters.sara.layer import SaraLayer
+from graftune.adapters.sara.places import Places
+from graftune.adapters.sara.root import SaraRoot
+from graftune.adapters.sara.targets import (
     COMPILED,
     excludes_of_root,
     is_excluded,
     is_target_module,
     target_tensors,
 )
-from .values import SaraValues
+from graftune.adapters.sara.values import SaraValues
 
 
 class SaraModel(WeightTuner):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .workspace import workspace
+from graftune.adapters.sara.workspace import workspace
 
 BLOCK = 2**21  # weights in a block of rows: 8 MiB in float32
 LANES = 32  # rows that matrix products and convolutions take at a time, or a divisor of it

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .values import SaraValues
+from graftune.adapters.sara.values import SaraValues
 
 NAME = "own_parameters"  # of the values, among the model's modules
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..layer_types import CONVOLUTIONS, TRANSPOSED, runs_as_defined
-from .autograd import SparseConvolution, SparseEmbedding, SparseLinear
-from .weight import WeightInUse
+from graftune.adapters.base.layer_types import CONVOLUTIONS, TRANSPOSED, runs_as_defined
+from graftune.adapters.sara.autograd import SparseConvolution, SparseEmbedding, SparseLinear
+from graftune.adapters.sara.weight import WeightInUse
 
 # (module, values, weight, bias, inputs...) to the module's output.
 Run = Callable[..., Tensor]

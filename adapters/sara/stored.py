@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..messages import listing
-from ..tuner import BaseModelMismatchError
-from .places import Places, mask_of_bits, mask_of_indices
-from .values import SaraValues
+from graftune.adapters.base.messages import listing
+from graftune.adapters.base.tuner import BaseModelMismatchError
+from graftune.adapters.sara.places import Places, mask_of_bits, mask_of_indices
+from graftune.adapters.sara.values import SaraValues
 
 PROOF = "sara_places"  # by module: a digest of the places, (1,)
 _PREFIX = "base_model.model."

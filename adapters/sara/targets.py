@@ -14,11 +14,11 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..messages import listing, warn_once
-from ..modules import base_modules, is_target_parameter
-from ..sharded import is_sharded
-from .config import SaraConfig
-from .root import can_stand_in
+from graftune.adapters.base.messages import listing, warn_once
+from graftune.adapters.base.modules import base_modules, is_target_parameter
+from graftune.adapters.base.sharded import is_sharded
+from graftune.adapters.sara.config import SaraConfig
+from graftune.adapters.sara.root import can_stand_in
 
 # Their parameters are indexed, not read by name: nothing could stand around these modules.
 _INDEXED = (nn.ParameterList, nn.ParameterDict, ParametrizationList)

@@ -11,14 +11,14 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..offloaded import check_in_memory
-from ..scaling import ScaledLayer
-from ..sparse_parts import SparsePart
-from .aside import aside
-from .autograd import SparseTensor
-from .config import SaraConfig
-from .functional import outside
-from .places import Places
+from graftune.adapters.base.offloaded import check_in_memory
+from graftune.adapters.base.scaling import ScaledLayer
+from graftune.adapters.base.sparse_parts import SparsePart
+from graftune.adapters.sara.aside import aside
+from graftune.adapters.sara.autograd import SparseTensor
+from graftune.adapters.sara.config import SaraConfig
+from graftune.adapters.sara.functional import outside
+from graftune.adapters.sara.places import Places
 
 
 class SaraValues(nn.Module, ScaledLayer):

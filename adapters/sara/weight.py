@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .aside import aside
-from .places import Block, Places
+from graftune.adapters.sara.aside import aside
+from graftune.adapters.sara.places import Block, Places
 
 WHOLE: tuple[None] = (None,)
 # Marks of parameters whose memory FSDP and DeepSpeed fill and empty around each call.

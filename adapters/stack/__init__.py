@@ -4,12 +4,12 @@ The model keeps its one `PeftModel`: training, saving, loading, several adapters
 else work as for one method, in one folder with one config and one file of tensors.
 """
 
-from ..registration import register
-from .adding import add_method
-from .config import StackConfig
-from .merging import merge_order
-from .model import StackModel
-from .state import save_parts
+from graftune.adapters.base.registration import register
+from graftune.adapters.stack.adding import add_method
+from graftune.adapters.stack.config import StackConfig
+from graftune.adapters.stack.merging import merge_order
+from graftune.adapters.stack.model import StackModel
+from graftune.adapters.stack.state import save_parts
 
 __all__ = ["StackConfig", "StackModel", "add_method", "merge_order", "save_parts"]
 

@@ -8,10 +8,10 @@ from typing import Any
 from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 
-from ..regularizers import Regularizer, recorded, regularizer
-from ..restore import untouched_on_error
-from .config import check_parts, method_of
-from .model import StackModel
+from graftune.adapters.base.restore import untouched_on_error
+from graftune.adapters.regularizers import Regularizer, recorded, regularizer
+from graftune.adapters.stack.config import check_parts, method_of
+from graftune.adapters.stack.model import StackModel
 
 
 def add_method(

@@ -10,9 +10,9 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 
-from ..config import GraftConfig
-from ..messages import listing
-from ..regularizers.recording import FIELD
+from graftune.adapters.base.config import GraftConfig
+from graftune.adapters.base.messages import listing
+from graftune.adapters.regularizers.recording import FIELD
 
 
 @dataclass

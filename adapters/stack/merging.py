@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .neighbours import acts_on_base
+from graftune.adapters.stack.neighbours import acts_on_base
 
 
 def merge_order(model: nn.Module) -> list[Any]:

@@ -13,13 +13,18 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..messages import listing
-from ..modules import base_modules
-from ..tuner import GraftTuner, enter_base_digest
-from .config import StackConfig, method_of, tuner_class
-from .merging import merge_order, take_off_layers
-from .neighbours import attaching_order, check_neighbours
-from .state import part_class, stored_by_none, stored_by_part, tensors_of_part
+from graftune.adapters.base.messages import listing
+from graftune.adapters.base.modules import base_modules
+from graftune.adapters.base.tuner import GraftTuner, enter_base_digest
+from graftune.adapters.stack.config import StackConfig, method_of, tuner_class
+from graftune.adapters.stack.merging import merge_order, take_off_layers
+from graftune.adapters.stack.neighbours import attaching_order, check_neighbours
+from graftune.adapters.stack.state import (
+    part_class,
+    stored_by_none,
+    stored_by_part,
+    tensors_of_part,
+)
 
 
 class StackModel(BaseTuner):

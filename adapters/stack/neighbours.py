@@ -9,9 +9,9 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..hooked import HookedLayer
-from ..modules import without_base_layers
-from ..sara.layer import SaraLayer
+from graftune.adapters.base.hooks import HookedLayer
+from graftune.adapters.base.modules import without_base_layers
+from graftune.adapters.sara.layer import SaraLayer
 
 
 def attaching_order(layer_classes: Sequence[type]) -> list[int]:

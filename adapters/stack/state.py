@@ -15,8 +15,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..modules import without_base_layers
-from .config import method_of, tuner_class
+from graftune.adapters.base.modules import without_base_layers
+from graftune.adapters.stack.config import method_of, tuner_class
 
 
 def tensors_of_part(

@@ -30,7 +30,7 @@ from embedded.model import load_clip
 from embedded.pictures import FAR, all_emoji
 from embedded.task import prompts
 from graftune.integrations.generation import ClipImageFeatures, clip_score, image_distances
-from graftune.integrations.objectives.towers import encode_texts, tokenize
+from graftune.integrations.libraries.towers import encode_texts, tokenize
 
 Images = list[Image.Image]
 SHOWN = 48  # samples in the grid

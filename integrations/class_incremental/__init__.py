@@ -14,7 +14,7 @@ from graftune.integrations.class_incremental.plots import draw_curves, draw_matr
 from graftune.integrations.class_incremental.record import TaskRecord
 from graftune.integrations.class_incremental.tasks import ClassOrder, TaskSplit, split_tasks
 from graftune.integrations.class_incremental.trainer import ClassIncrementalTrainer
-from graftune.integrations.class_lists import ClassListError
+from graftune.integrations.sharing.class_lists import ClassListError
 
 __all__ = [
     "METRICS",

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from graftune.adapters.classifier import mask_classes
+from graftune.adapters.base.classifier import mask_classes
 from graftune.integrations.class_incremental.objectives import TaskClassifier, percent_right
 from graftune.integrations.objectives.labels import IGNORED
-from graftune.integrations.trainer import Trainer
+from graftune.integrations.training import Trainer
 
 
 def phase_arguments(

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftune.adapters.messages import listing
+from graftune.adapters.base.messages import listing
 from graftune.integrations.class_incremental.metrics import METRICS, curve, metrics
 from graftune.integrations.class_incremental.tasks import ClassOrder
-from graftune.integrations.class_lists import RECORD, ClassListError
-from graftune.integrations.trainer.whole import what_is_missing
+from graftune.integrations.sharing.class_lists import RECORD, ClassListError
+from graftune.integrations.training.whole import what_is_missing
 
 _TASK = "task-"
 

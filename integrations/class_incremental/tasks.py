@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from graftune.adapters.messages import listing, nearest
+from graftune.adapters.base.messages import listing, nearest
 from graftune.integrations.extras import require
 
 

@@ -14,12 +14,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments, set_seed
 
-from graftune.adapters.checkpoint import training_checkpoint
-from graftune.adapters.classifier import grow_classifier, name_outputs
-from graftune.adapters.folder import read_config
-from graftune.adapters.messages import nearest
-from graftune.adapters.prompt_pools import start_task
-from graftune.adapters.prompt_pools.config import TaskPoolConfig
+from graftune.adapters.base.checkpoint import training_checkpoint
+from graftune.adapters.base.classifier import grow_classifier, name_outputs
+from graftune.adapters.base.folder import read_config
+from graftune.adapters.base.messages import nearest
+from graftune.adapters.prompts.pools import start_task
+from graftune.adapters.prompts.pools.config import TaskPoolConfig
 from graftune.adapters.regularizers import (
     ElasticWeightConsolidation,
     PreviousDistillation,
@@ -39,10 +39,10 @@ from graftune.integrations.class_incremental.phases import (
 )
 from graftune.integrations.class_incremental.record import TaskRecord, last_task, task_folder
 from graftune.integrations.class_incremental.tasks import ClassOrder, TaskSplit
-from graftune.integrations.trainer import Trainer, last_checkpoint, regularizers_of
-from graftune.integrations.trainer.checkpoints import ASIDE
-from graftune.integrations.trainer.regularized import STATE_FILE
-from graftune.integrations.trainer.whole import list_files, move
+from graftune.integrations.training import Trainer, last_checkpoint, regularizers_of
+from graftune.integrations.training.checkpoints import ASIDE
+from graftune.integrations.training.regularized import STATE_FILE
+from graftune.integrations.training.whole import list_files, move
 
 
 class ClassIncrementalTrainer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from graftune.adapters.messages import listing, nearest
+from graftune.adapters.base.messages import listing, nearest
 
 # The columns of each kind of row, as TRL names them; the first whose columns are all there counts.
 CONVENTIONS = (("messages",), ("prompt", "completion"), ("text",))

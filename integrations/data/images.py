@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from graftune.adapters.messages import listing, nearest
+from graftune.adapters.base.messages import listing, nearest
 from graftune.integrations.data.folders import class_folder
 from graftune.integrations.data.ledger import Ledger
 from graftune.integrations.data.pictures import UnreadableImageError, open_image

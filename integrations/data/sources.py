@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftune.adapters.messages import listing, nearest
+from graftune.adapters.base.messages import listing, nearest
 from graftune.integrations.extras import require
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from graftune.adapters.messages import nearest
+from graftune.adapters.base.messages import nearest
 from graftune.integrations.data.sources import saved
 
 SUFFIXES = (".json", ".jsonl", ".txt")

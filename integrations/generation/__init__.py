@@ -1,8 +1,12 @@
 """What generated images are worth: their distance to real ones, and to their texts."""
 
-from .clip_features import ClipImageFeatures, clip_score, picture_agreement
-from .distances import image_distances
-from .harmony import visual_linguistic_harmony
+from graftune.integrations.generation.clip_features import (
+    ClipImageFeatures,
+    clip_score,
+    picture_agreement,
+)
+from graftune.integrations.generation.distances import image_distances
+from graftune.integrations.generation.harmony import visual_linguistic_harmony
 
 __all__ = [
     "ClipImageFeatures",

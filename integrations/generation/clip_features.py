@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graftune.integrations.objectives.towers import encode_images, encode_texts, tokenize
+from graftune.integrations.libraries.towers import encode_images, encode_texts, tokenize
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from graftune.adapters.precision import at_least_float32
+from graftune.adapters.base.precision import at_least_float32
 from graftune.integrations.objectives import taps
 from graftune.integrations.objectives.labels import IGNORED, check_labels, cross_entropy
 from graftune.integrations.objectives.unwrap import base_of, tensor_of

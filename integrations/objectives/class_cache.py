@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from graftune.adapters.feature_cache import places, precision
+from graftune.adapters.base.feature_cache import places, precision
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from graftune.adapters.feature_cache import FeatureCache, frozen_state
-from graftune.integrations.objectives import towers
+from graftune.adapters.base.feature_cache import FeatureCache, frozen_state
+from graftune.integrations.libraries import towers
 from graftune.integrations.objectives.class_cache import is_whole, state_of
 from graftune.integrations.objectives.labels import (
     IGNORED,
@@ -155,7 +155,7 @@ class ClassNameClassifier(nn.Module):
         """Return the outputs of the frozen model, whose class features are computed once.
 
         Args:
-            model: the model with its adapter off (`graftune.adapters.frozen.frozen_base`).
+            model: the model with its adapter off (`graftune.adapters.base.frozen.frozen_base`).
             **batch: as for a call.
         """
         if not is_whole(model):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graftune.adapters.precision import at_least_float32
+from graftune.adapters.base.precision import at_least_float32
 from graftune.integrations.objectives import taps
 from graftune.integrations.objectives.labels import divided
 from graftune.integrations.objectives.noising import Density, noising

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from graftune.adapters.messages import listing, nearest
+from graftune.adapters.base.messages import listing, nearest
 from graftune.integrations.objectives import taps
 from graftune.integrations.objectives.labels import (
     IGNORED,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from graftune.adapters.precision import at_least_float32
+from graftune.adapters.base.precision import at_least_float32
 
 IGNORED = -100  # the label that PyTorch and transformers leave out of a loss
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from graftune.adapters.messages import listing
+from graftune.adapters.base.messages import listing
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 Density = Literal["uniform", "logit_normal"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from graftune.adapters.deep_prompts import DeepPromptLayer
+from graftune.adapters.prompts.deep import DeepPromptLayer
 
 
 def check_names_are_left(model: nn.Module, ids: Tensor, class_names: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from transformers import TrainingArguments, set_seed
 from graftune.integrations.data.images import ImageCollator
 from graftune.integrations.data.sampling import Selection, few_shot
 from graftune.integrations.objectives import ClassNameClassifier
-from graftune.integrations.trainer import Trainer
+from graftune.integrations.training import Trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -15,7 +15,7 @@ from transformers import set_seed
 import graftune
 from embedded.increments import load_increments, vision_tower
 from graftune.integrations.class_incremental import ClassIncrementalTrainer
-from graftune.integrations.trainer import regularizers_of
+from graftune.integrations.training import regularizers_of
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "claims_ovor.py"
 pytestmark = pytest.mark.slow

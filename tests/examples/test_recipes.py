@@ -17,8 +17,8 @@ from graftune.adapters.regularizers import (
     SelfRegulation,
     regularizer,
 )
-from graftune.commands import main
-from graftune.commands.yaml_file import read_yaml
+from graftune.cli import main
+from graftune.cli.yaml_file import read_yaml
 from support import folders
 
 RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"

@@ -219,7 +219,7 @@ def test_a_quantised_base_is_not_compared_and_said_so_once(folder: Path) -> None
     layer = next(m for m in model.modules() if hasattr(m, "flora_core"))
     weight = layer.get_base_layer().weight
     assert weight.is_floating_point()
-    from graftune.adapters.tuner import digest_of_targets
+    from graftune.adapters.base.tuner import digest_of_targets
 
     quantised = nn.Parameter(weight.data.to(torch.int8), requires_grad=False)
     layer.get_base_layer().weight = quantised

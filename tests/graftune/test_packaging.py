@@ -32,7 +32,7 @@ def test_the_wheel_installs_graftune_and_nothing_else(tmp_path: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert tops == {"graftune", next(top for top in tops if top.endswith(".dist-info"))}
     assert {"graftune/py.typed", "graftune/adapters/flora/layer.py"} <= set(names)
-    assert "graftune/integrations/families.py" in names
+    assert "graftune/integrations/libraries/families.py" in names
     sources = {
         path.relative_to(ROOT / folder).as_posix()
         for folder in ("adapters", "integrations")

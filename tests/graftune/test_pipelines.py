@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 import graftune
-from graftune.integrations.export import export_lora
+from graftune.integrations.sharing.export import export_lora
 from support import folders
 from support.pipelines import draw, flux, stable_diffusion
 

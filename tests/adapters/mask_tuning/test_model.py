@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import graftune
-from graftune.adapters import mask_tuning, messages
-from graftune.adapters.checkpoint import AdapterMismatchError, training_checkpoint
+from graftune.adapters import mask_tuning
+from graftune.adapters.base import messages
+from graftune.adapters.base.checkpoint import AdapterMismatchError, training_checkpoint
+from graftune.adapters.base.weights import weight_changes
 from graftune.adapters.mask_tuning import MaskTuningConfig, MaskTuningLayer
 from graftune.adapters.mask_tuning import layer as layer_file
-from graftune.adapters.weights import weight_changes
 from support.models import MODELS, loss
 
 
@@ -135,7 +136,7 @@ def test_unmerging_restores_every_bit() -> None:
 
 
 def mask_digest(model: PeftModel) -> str | None:
-    from graftune.adapters.tuner import digest_of_targets
+    from graftune.adapters.base.tuner import digest_of_targets
 
     return digest_of_targets(model, "default")
 

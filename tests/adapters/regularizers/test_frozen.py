@@ -8,7 +8,7 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
 
 import graftune
-from graftune.adapters.frozen import frozen_base
+from graftune.adapters.base.frozen import frozen_base
 from support.models import MODELS
 
 FAMILIES = ["transformers-clip", "transformers-llama", "open_clip-vit", "torch-cnn"]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graftune
-from graftune.adapters.messages import _warned
+from graftune.adapters.base.messages import _warned
 from graftune.adapters.regularizers import outlier_loss, virtual_outliers
 from graftune.adapters.regularizers.outlier_regularizer import VirtualOutliers
 from graftune.adapters.regularizers.outliers import kth_distance

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import graftune
-from graftune.adapters.classifier import grow_classifier
-from graftune.adapters.frozen import as_adapter
+from graftune.adapters.base.classifier import grow_classifier
+from graftune.adapters.base.frozen import as_adapter
 from graftune.adapters.regularizers import (
     ElasticWeightConsolidation,
     L2ToStart,

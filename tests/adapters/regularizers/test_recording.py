@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftConfig
 
 import graftune
 from graftune.adapters.regularizers import record, recorded
-from graftune.integrations.trainer import regularizers_of
+from graftune.integrations.training import regularizers_of
 from support.models import SmallCNN
 
 CONFIGS = [graftune.FloraConfig(r=2), LoraConfig(r=2, target_modules=["head"])]

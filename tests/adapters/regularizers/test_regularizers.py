@@ -13,6 +13,7 @@ from peft import LoraConfig, OFTConfig, get_peft_model
 from torch import Tensor, nn
 
 import graftune
+from graftune.adapters.base.weights import weight_changes
 from graftune.adapters.regularizers import (
     FrozenDistillation,
     L2ToStart,
@@ -23,7 +24,6 @@ from graftune.adapters.regularizers import (
 )
 from graftune.adapters.regularizers.functional import distillation
 from graftune.adapters.regularizers.l2_to_start import l2_to_start
-from graftune.adapters.weights import weight_changes
 from support.models import SmallCNN
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import graftune
 from graftune import NuclearNorm, ProgressiveRelease, Regularization
+from graftune.adapters.base.sparse_parts import sparse_parts
 from graftune.adapters.regularizers import nuclear_norm_and_gradient
 from graftune.adapters.regularizers.base import Run, Step
 from graftune.adapters.regularizers.nuclear import polar_factor
-from graftune.adapters.sparse_parts import sparse_parts
 
 
 def matrix_of(values: Tensor, rows: int, columns: int, seed: int = 0) -> Tensor:

@@ -18,7 +18,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 import graftune
-from graftune.adapters.sparse_parts import sparse_parts
+from graftune.adapters.base.sparse_parts import sparse_parts
 
 
 def dit() -> nn.Module:

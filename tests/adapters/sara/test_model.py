@@ -12,9 +12,9 @@ from torch import nn
 
 import graftune
 from graftune import L2ToStart, Regularization, SaraConfig
+from graftune.adapters.base.sparse_parts import sparse_parts
+from graftune.adapters.base.weights import weight_changes
 from graftune.adapters.sara.layer import SaraLayer
-from graftune.adapters.sparse_parts import sparse_parts
-from graftune.adapters.weights import weight_changes
 from support.models import MODELS
 from support.untouched import assert_untouched, snapshot
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import graftune
 from graftune.adapters.sara import SaraConfig, SaraLayer, SaraRoot
-from graftune.integrations.export import export_merged
+from graftune.integrations.sharing.export import export_merged
 from support.models import MODELS
 
 TIMM, OPEN_CLIP = MODELS["timm-vit"], MODELS["open_clip-vit"]

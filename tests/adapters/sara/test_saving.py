@@ -14,7 +14,7 @@ from torch import nn
 
 import graftune
 from graftune import SaraConfig
-from graftune.adapters.sparse_parts import sparse_parts
+from graftune.adapters.base.sparse_parts import sparse_parts
 
 FILE = "adapter_model.safetensors"
 

@@ -23,9 +23,9 @@ from torch import nn
 
 import graftune
 from graftune import DeepPromptConfig, FloraConfig, MaskTuningConfig
-from graftune.adapters.frozen import frozen_base
+from graftune.adapters.base.frozen import frozen_base
+from graftune.adapters.base.weights import weight_changes
 from graftune.adapters.stack import StackConfig, merge_order, save_parts
-from graftune.adapters.weights import weight_changes
 from support.models import MODELS, loss
 from support.untouched import assert_untouched, snapshot
 

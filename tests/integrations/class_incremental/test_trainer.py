@@ -24,7 +24,7 @@ from graftune.adapters.regularizers import (
 )
 from graftune.integrations.class_incremental import ClassListError, TaskRecord, TaskSplit
 from graftune.integrations.objectives import ImageClassifier
-from graftune.integrations.trainer import regularizers_of
+from graftune.integrations.training import regularizers_of
 from support.models import MODELS
 from support.processes import launch, succeed
 from support.tasks import (

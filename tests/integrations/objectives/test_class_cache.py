@@ -13,9 +13,10 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 import graftune
-from graftune.adapters.frozen import frozen_base
-from graftune.integrations.objectives import ClassNameClassifier, towers
-from graftune.integrations.objectives.text_cut import cut_after_end
+from graftune.adapters.base.frozen import frozen_base
+from graftune.integrations.libraries import towers
+from graftune.integrations.libraries.text_cut import cut_after_end
+from graftune.integrations.objectives import ClassNameClassifier
 from support.clip import COLOURS, clip, colours
 
 FAMILIES = ["transformers-clip", "open_clip-vit"]
@@ -360,7 +361,7 @@ def test_texts_that_end_with_another_id_than_the_highest_are_cut_behind_it() -> 
 def test_a_tower_that_is_not_causal_is_not_cut_and_said_once(
     recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graftune.adapters import messages
+    from graftune.adapters.base import messages
 
     monkeypatch.setattr(messages, "_warned", set())
     base, tokenizer = clip("open_clip-vit")

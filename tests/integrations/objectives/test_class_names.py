@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from graftune.integrations.objectives import towers
+from graftune.integrations.libraries import towers
 from graftune.integrations.objectives.class_names import ClassNameClassifier
 from graftune.integrations.objectives.labels import accuracies
 from support.clip import COLOURS, OpenClipTokenizer, clip, transformers_tokenizer

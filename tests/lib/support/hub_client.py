@@ -74,14 +74,14 @@ def train_and_save(base: str, folder: str, **options: Any) -> list[Any]:
 
 def train_and_push(base: str, repository: str, seed: int = 1, **options: Any) -> str:
     """Push such an adapter as a model; options with `adapter_name` name it."""
-    from graftune.integrations.hub import push_to_hub
+    from graftune.integrations.sharing import push_to_hub
 
     name = options.pop("adapter_name", "default")
     return push_to_hub(train(base, name, seed), repository, **options)
 
 
 def push(folder: str, repository: str, **options: Any) -> str:
-    from graftune.integrations.hub import push_to_hub
+    from graftune.integrations.sharing import push_to_hub
 
     return push_to_hub(folder, repository, **options)
 

@@ -31,7 +31,7 @@ _PROCESSES.set_forkserver_preload(
         "diffusers",
         "graftune.integrations.data",
         "graftune.integrations.objectives",
-        "graftune.integrations.trainer",
+        "graftune.integrations.training",
         "open_clip",
         "timm",
         "transformers.models.auto.modeling_auto",

@@ -13,7 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-PRELOADED = ["torch", "transformers.trainer", "peft", "accelerate", "graftune.integrations.trainer"]
+PRELOADED = [
+    "torch",
+    "transformers.trainer",
+    "peft",
+    "accelerate",
+    "graftune.integrations.training",
+]
 
 
 def launch(function: Callable[..., None], *args: Any, processes: int = 1) -> list[int]:

@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import graftune
+from graftune.adapters.base.sharded import whole
 from graftune.adapters.regularizers import Regularization
 from graftune.adapters.regularizers.state_file import state_digest
-from graftune.adapters.sharded import whole
 from support.training import adapted, arguments, sentences
 
 # Method, and whether its blocks are sharded on their own: what only the outermost module shards is

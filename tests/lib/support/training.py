@@ -387,7 +387,7 @@ class Killer(TrainerCallback):
 
 def kill_while_saving(run: Any, killer: Killer) -> None:
     """Let a run be killed between the files of a checkpoint, and before and after its move."""
-    from graftune.integrations.trainer import checkpoints
+    from graftune.integrations.training import checkpoints
 
     def stop_around(owner: Any, name: str) -> None:
         original = getattr(owner, name)
@@ -421,7 +421,7 @@ def train_with_a_limit(folder: Path) -> None:
     """Train until a file of a checkpoint would grow beyond a limit, and go on without the limit."""
     import resource
 
-    from graftune.integrations.trainer import CheckpointError
+    from graftune.integrations.training import CheckpointError
 
     saving = {"save_strategy": "steps", "save_steps": 1}
     colour_run(folder, **saving, max_steps=2).train()

@@ -1,0 +1,1 @@
+"""Methods whose trained parameters are tokens: they enter a model by hooks."""
