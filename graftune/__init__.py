@@ -46,6 +46,7 @@ from graftune.adapters.stack import StackConfig
 from graftune.attached import attached
 from graftune.integrations.sharing.class_lists import ClassListError
 from graftune.load import load
+from graftune.moved import install as _install_moved_paths
 from graftune.recipes import Recipe, recipes
 from graftune.wrap import wrap
 
@@ -63,6 +64,8 @@ if TYPE_CHECKING:
         ImageClassifier,
     )
     from graftune.integrations.training import Trainer, TrainerMixin, last_checkpoint
+
+_install_moved_paths()
 
 __version__ = "0.1.0"
 
