@@ -3,51 +3,38 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from graftune.adapters.base.scaling import ScaledLayer
+from graftune.adapters.base.parameter_layer import ParameterLayer
 from graftune.adapters.flora.config import FloraConfig
 from graftune.adapters.flora.functional import concatenate, tucker_weight
 
 
-class FloraLayer(nn.Module, ScaledLayer):
+class FloraLayer(ParameterLayer):
     """Base of the layers that carry FLoRA adapters.
 
     The tensors of an adapter are `flora_core[adapter]` and `flora_factor<n>[adapter]`, one factor
     for each axis of the weight.
     """
 
-    base_layer: Any  # a module of whatever type is adapted
+    method = "flora"
     flora_core: Any  # by adapter; a tensor, or tensors by parameter
     flora_dropout: nn.ModuleDict
 
     other_param_names: tuple[str, ...] = ("r", "scale", "scaling", "uses_chain", "flora_dropout")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer, adapter_name)
         self.adapter_layer_names = ()
         self.r: dict[str, Any] = {}
-        self.scale, self.scaling = {}, {}
         self.uses_chain: dict[str, bool] = {}
         self.flora_dropout = nn.ModuleDict()
-        self.merged_adapters = []
-        self.cast_input_dtype_enabled = True
-        self._active_adapter = adapter_name
-        self._backups: dict[str, Tensor] = {}
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
-        self.training = base_layer.training
-
-    def get_base_layer(self) -> Any:
-        """Return the base module, without any tuner layers around it."""
-        return super().get_base_layer()
 
     # Adapters.
 
@@ -72,11 +59,7 @@ class FloraLayer(nn.Module, ScaledLayer):
     def _container() -> nn.Module:
         return nn.ParameterDict()
 
-    # Merging.
-
-    @abstractmethod
-    def adapted_names(self, adapter_names: Iterable[str]) -> list[str]:
-        """Return the names of the base tensors that any of the adapters changes."""
+    # What an adapter does to a base tensor.
 
     @abstractmethod
     def tensors(self, adapter: str, name: str) -> tuple[Tensor, list[Tensor]] | None:
@@ -86,10 +69,6 @@ class FloraLayer(nn.Module, ScaledLayer):
         """Return ΔW of one base tensor, computed in `dtype` or the adapter's own."""
         tensors = self.tensors(adapter, name) if adapter in self.scaling else None
         return None if tensors is None else dense_delta(*tensors, self.scaling[adapter], dtype)
-
-    def weight_changes(self, adapter: str) -> dict[str, Callable[[], Tensor | None]]:
-        """Return by base tensor what computes ΔW of an adapter with gradients."""
-        return {name: partial(self._delta, adapter, name) for name in self.adapted_names([adapter])}
 
     @torch.no_grad()
     def weighted_sum(
@@ -116,24 +95,9 @@ class FloraLayer(nn.Module, ScaledLayer):
         for own, value in zip((core, *factors), (values[0], *values[1]), strict=True):
             own.copy_(value)
 
-    def _read(self, name: str) -> Tensor:
-        """Return a base tensor as it is now, in floating point."""
-        if self.quantization_backend is not None:
-            return self.get_base_weight()
-        return getattr(self.get_base_layer(), name).data
-
-    def _write(self, name: str, value: Tensor) -> None:
-        if self.quantization_backend is not None:
-            self.set_base_weight(value)
-        else:
-            getattr(self.get_base_layer(), name).data.copy_(value)
-
-    def adapted_tensors(self) -> dict[str, Tensor]:
-        """Return the base tensors that adapters change, as they are without any adapter."""
-        return {
-            name: self._backups.get(name, getattr(self.get_base_layer(), name))
-            for name in self.adapted_names(self.scaling)
-        }
+    def effective(self, name: str, adapters: Sequence[str]) -> Tensor:
+        """Return W + Σ ΔW of the adapters that change a base tensor."""
+        return self._sum(name, self.original(name), adapters)
 
     def _sum(self, name: str, weight: Tensor, adapters: Sequence[str]) -> Tensor:
         """Return W + Σ ΔW, added up in float32 or better and rounded once to the dtype of W."""
@@ -145,54 +109,27 @@ class FloraLayer(nn.Module, ScaledLayer):
                 total = total + delta
         return total.to(weight.dtype)
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add ΔW of adapters to the base weights: W' = W + Σ ΔW.
+    # Merging into quantised layers.
 
-        The sum is made from the original weights in float32 or better and rounded once, so that
-        merging one after the other equals merging together. The originals are kept until
-        `unmerge`, which restores them bit for bit.
+    def original(self, name: str) -> Tensor:
+        """Return a base tensor as it is without any adapter, in floating point."""
+        if self.quantization_backend is None or name in self._originals:
+            return super().original(name)
+        return self.get_base_weight()
 
-        Args:
-            safe_merge: check that the merged weights are finite before the layer is changed.
-            adapter_names: the adapters to merge; None takes the active ones.
+    def _write(self, name: str, value: Tensor) -> None:
+        if self.quantization_backend is not None:
+            self.set_base_weight(value)
+        else:
+            super()._write(name, value)
 
-        Raises:
-            ValueError: `safe_merge` found values that are not finite, or the base layer is
-                quantised in a way that cannot be merged into.
-        """
-        names = self._present(check_adapters_to_merge(self, adapter_names))
-        if not names:
-            return
+    def check_mergeable(self, adapter_names: Iterable[str]) -> None:
+        """Raise ValueError if the base layer is quantised in a way that cannot be merged into."""
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
             raise ValueError(
                 f"adapters cannot be merged into {self.quantization_backend.backend_name} layers: "
                 "load the base model without quantisation to merge"
             )
-        together = [*self.merged_adapters, *names]
-        originals: dict[str, Tensor] = {}
-        merged: dict[str, Tensor] = {}
-        for tensor in self.adapted_names(together):
-            original = self._backups.get(tensor)
-            originals[tensor] = self._read(tensor).clone() if original is None else original
-            merged[tensor] = self._sum(tensor, originals[tensor], together)
-            if safe_merge and not torch.isfinite(merged[tensor]).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to "
-                    "be broken"
-                )
-        for tensor, value in merged.items():
-            self._write(tensor, value)
-        self._backups = originals
-        self.merged_adapters = together
-
-    def _restore(self) -> None:
-        for tensor, value in self._backups.items():
-            self._write(tensor, value)
-        self._backups = {}
-
-    def __repr__(self) -> str:
-        return f"flora.{super().__repr__()}"
 
 
 def dense_delta(

@@ -9,18 +9,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from graftune.adapters.base.layer_types import parameter_shape
-from graftune.adapters.base.substitute import call_with
 from graftune.adapters.flora.config import FloraConfig
 from graftune.adapters.flora.functional import init_tucker, resolve_ranks
 from graftune.adapters.flora.layer import FloraLayer
 
 
 class FloraParameters(FloraLayer):
-    """A module that runs with W + ΔW in the place of some of its own parameters.
-
-    Nothing is left on the module: each call substitutes the adapted parameters for its duration.
-    Whoever reads an adapted parameter from outside, as PyTorch's attention fast path does, gets
-    W + ΔW as well; every other attribute is the module's own.
+    """A module that runs with W + ΔW in place of some of its parameters.
 
     Args:
         base_layer: the module that owns the parameters.
@@ -84,18 +79,6 @@ class FloraParameters(FloraLayer):
         """Say whether the adapter changes the parameter."""
         return name in self.r.get(adapter, ())
 
-    def get_delta_weight(self, adapter: str, name: str | None = None) -> Tensor:
-        """Return ΔW of an adapter for one parameter, which can be left out if there is only one."""
-        names = list(self.r[adapter])
-        if name is None and len(names) > 1:
-            raise ValueError(
-                f"the adapter {adapter!r} changes several parameters: name one of {names}"
-            )
-        delta = self._delta(adapter, names[0] if name is None else name)
-        if delta is None:
-            raise ValueError(f"the adapter {adapter!r} does not change {name!r}, only {names}")
-        return delta
-
     def adapted_names(self, adapter_names: Iterable[str]) -> list[str]:
         names = (name for adapter in self._present(adapter_names) for name in self.r[adapter])
         return list(dict.fromkeys(names))
@@ -115,49 +98,7 @@ class FloraParameters(FloraLayer):
                 f"{self.adapted_names(self.scaling)}): one module call has one weight for the "
                 "whole batch"
             )
-        adapters = self._applied()
-        if not adapters:
-            return self.base_layer(*args, **kwargs)
-        effective = {name: self._effective(name, adapters) for name in self.adapted_names(adapters)}
-        return call_with(self.base_layer, effective, args, kwargs)
-
-    def _effective(self, name: str, adapters: Sequence[str]) -> Tensor:
-        return self._sum(name, getattr(self.base_layer, name), adapters)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":  # not built yet: nothing to forward to
-                raise
-        adapters = [a for a in self._applied() if self.adapts(name, a)]
-        return self._effective(name, adapters) if adapters else getattr(self.base_layer, name)
-
-    @property
-    def weight(self) -> Tensor:
-        """The module's own `weight`, adapted if it is among the adapted parameters."""
-        return self.__getattr__("weight")
-
-    @property
-    def bias(self) -> Tensor:
-        """The module's own `bias`, adapted if it is among the adapted parameters."""
-        return self.__getattr__("bias")
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """Return the module without this layer and without those inside it."""
-        inner = [
-            (name, child)
-            for name, child in self.base_layer.named_children()
-            if isinstance(child, FloraLayer)
-        ]
-        for layer in (*(child for _, child in inner), self):
-            if merge:
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        for name, child in inner:
-            setattr(self.base_layer, name, child.base_layer)
-        return self.base_layer
+        return super().forward(*args, **kwargs)
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:

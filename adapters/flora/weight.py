@@ -11,8 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from graftune.adapters.base.layer_types import runs_as_defined
-from graftune.adapters.base.offloaded import check_in_memory
-from graftune.adapters.base.substitute import call_with
+from graftune.adapters.base.parameter_layer import call_with, check_in_memory
 from graftune.adapters.flora.config import FloraConfig
 from graftune.adapters.flora.functional import chain_is_cheaper, init_tucker, resolve_ranks
 from graftune.adapters.flora.layer import FloraLayer, dense_delta
@@ -92,10 +91,17 @@ class FloraWeight(FloraLayer):
         core, *factors = (getattr(self, name)[adapter] for name in self.adapter_layer_names)
         return core, factors
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
+    def get_delta_weight(self, adapter: str, name: str | None = None) -> Tensor:
         """Return ΔW of an adapter in the base weight's shape and the adapter's dtype."""
         core, factors = self.tensors(adapter)
         return dense_delta(core, factors, self.scaling[adapter])
+
+    # A call reads many attributes, which this keeps fast; PEFT's layers forward none either.
+    __getattr__ = nn.Module.__getattr__
+
+    def adapts(self, name: str, adapter: str) -> bool:
+        """Say whether the adapter changes the parameter."""
+        return name == "weight" and adapter in self.scaling
 
     def adapted_names(self, adapter_names: Iterable[str]) -> list[str]:
         return ["weight"] if self._present(adapter_names) else []
@@ -106,7 +112,7 @@ class FloraWeight(FloraLayer):
         if self.weight_is_read and (adapters := self._applied()):
             # Through another method's layer, which may read as a masked weight.
             return self._sum("weight", self.base_layer.weight, adapters)
-        return super().weight
+        return BaseTunerLayer.weight.fget(self)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of the base layer plus that of the active adapters.

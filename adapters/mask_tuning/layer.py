@@ -1,4 +1,4 @@
-"""A layer around any module that runs with masked weights in the place of its own."""
+"""A layer around any module that runs with masked weights in place of its own."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from graftune.adapters.base.feature_cache import FeatureCache, places
 from graftune.adapters.base.layer_types import parameter_shape
-from graftune.adapters.base.substitute import call_with
+from graftune.adapters.base.messages import listing
+from graftune.adapters.base.parameter_layer import ParameterLayer, broken
 from graftune.adapters.mask_tuning.config import MaskTuningConfig
 from graftune.adapters.mask_tuning.functional import mask_of, masked_weight, random_mask, scores_of
-from graftune.adapters.mask_tuning.merging import MaskMerging, selection_pending
 
 
-class MaskTuningLayer(nn.Module, MaskMerging, BaseTunerLayer):
+class MaskTuningLayer(ParameterLayer):
     """A module that runs with W ⊙ mask in the place of some of its own parameters.
 
     The scores of an adapter are `mask_tuning_scores[adapter][parameter]`; where only a share of a
@@ -37,13 +36,15 @@ class MaskTuningLayer(nn.Module, MaskMerging, BaseTunerLayer):
         shared: by parameter, the layer that has the scores already, of a weight that is tied.
     """
 
-    base_layer: Any  # a module of whatever type is masked
+    method = "mask_tuning"
     acts_on_base = True  # whatever other methods' layers stand in between: merged before them
     mask_tuning_scores: nn.ModuleDict
     mask_tuning_index: nn.ModuleDict
     adapter_layer_names: tuple[str, ...] = ("mask_tuning_scores",)
     other_param_names: tuple[str, ...] = (
         "mask_tuning_index",
+        "scale",
+        "scaling",
         "threshold",
         "recompute",
         "pending",
@@ -58,26 +59,17 @@ class MaskTuningLayer(nn.Module, MaskMerging, BaseTunerLayer):
         parameters: Iterable[str],
         shared: dict[str, tuple[MaskTuningLayer, str]],
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer, adapter_name)
         self.mask_tuning_scores = nn.ModuleDict()
         self.mask_tuning_index = nn.ModuleDict()
         self.threshold: dict[str, float] = {}
         self.recompute: dict[str, bool] = {}
         self.pending: dict[str, bool] = {}  # whose scores have no places yet
         self.shared: dict[str, dict[str, tuple[MaskTuningLayer, str]]] = {}
-        self.merged_adapters = []
-        self._active_adapter = adapter_name
-        self._removed: list[dict[str, tuple[Tensor, Tensor]]] = []  # places and values, by merge
         self._evaluated: dict[str, FeatureCache] = {}  # masked weights, by parameter
         parameters = list(parameters)
         self.in_features, self.out_features = _features(self.get_base_layer(), parameters[0])
-        self.training = base_layer.training
         self.update_layer(adapter_name, config, parameters, shared)
-
-    def get_base_layer(self) -> Any:
-        """Return the base module, without any tuner layers around it."""
-        return super().get_base_layer()
 
     # Adapters.
 
@@ -89,6 +81,7 @@ class MaskTuningLayer(nn.Module, MaskMerging, BaseTunerLayer):
         shared: dict[str, tuple[MaskTuningLayer, str]],
     ) -> None:
         """Start parameters of an adapter afresh; others and other adapters stay as they are."""
+        self.scale[adapter_name] = self.scaling[adapter_name] = 1.0
         self.threshold[adapter_name] = config.threshold
         self.recompute[adapter_name] = config.recompute
         self.pending[adapter_name] = config.fraction is not None
@@ -206,17 +199,14 @@ class MaskTuningLayer(nn.Module, MaskMerging, BaseTunerLayer):
         return self._run(adapters, args, kwargs)
 
     def _run(self, adapters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        prefix, layer = "", self.base_layer
-        while isinstance(layer, BaseTunerLayer):  # another method's, between this and the base
-            prefix, layer = f"{prefix}base_layer.", layer.base_layer  # type: ignore[attr-defined]
         kept = self._may_keep(adapters)
         if not kept:
             self._evaluated.clear()
         masked = {
-            f"{prefix}{name}": (self._kept if kept else self.effective)(name, adapters)
+            name: (self._kept if kept else self.effective)(name, adapters)
             for name in self.adapted_names(adapters)
         }
-        return call_with(self.base_layer, masked, args, kwargs)
+        return self.call_base(masked, args, kwargs)
 
     def _may_keep(self, adapters: Sequence[str]) -> bool:
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -235,7 +225,7 @@ class MaskTuningLayer(nn.Module, MaskMerging, BaseTunerLayer):
 
     def effective(self, name: str, adapters: Sequence[str]) -> Tensor:
         """Return a base tensor masked by the given adapters, with gradients to their scores."""
-        weight = getattr(self.get_base_layer(), name)
+        weight = self.original(name)
         for adapter in adapters:
             if self.adapts(name, adapter):
                 scores, index = self.scores(adapter, name)
@@ -243,53 +233,22 @@ class MaskTuningLayer(nn.Module, MaskMerging, BaseTunerLayer):
         return weight
 
     def _applied(self) -> list[str]:
-        """Return the adapters to apply to the base weights as they are now."""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return []
-        if self.merged:
-            return []
-        adapters = self._present(self.active_adapters)
+        adapters = super()._applied()
         if any(self.pending[adapter] for adapter in adapters):
             if torch.is_grad_enabled():
                 raise RuntimeError(selection_pending(adapters, "training"))
             return [adapter for adapter in adapters if not self.pending[adapter]]
         return adapters
 
-    def _present(self, adapters: Iterable[str]) -> list[str]:
-        return [adapter for adapter in adapters if adapter in self.threshold]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":  # not built yet: nothing to forward to
-                raise
-        return self._masked_or_own(name)
-
-    @property
-    def weight(self) -> Tensor:
-        """The module's own `weight`, masked if it is among the masked parameters."""
-        return self._masked_or_own("weight")
-
-    @property
-    def bias(self) -> Tensor:
-        """The module's own `bias`, masked if it is among the masked parameters."""
-        return self._masked_or_own("bias")
-
-    def _masked_or_own(self, name: str) -> Any:
-        value = getattr(self.base_layer, name)
-        if name in self.adapted_names(self.active_adapters) and (adapters := self._applied()):
-            masked = self.effective(name, adapters)
-            if isinstance(self.base_layer, BaseTunerLayer):
-                # What another method's layer in between adds is added to the masked weight.
-                return masked + (value - getattr(self.get_base_layer(), name))
-            return masked
-        return value
-
-    def __repr__(self) -> str:
-        return f"mask_tuning.{super().__repr__()}"
+    def check_mergeable(self, adapter_names: Iterable[str]) -> None:
+        """Raise ValueError if any of the adapters has no selection yet, or scores that are NaN."""
+        adapters = self._present(adapter_names)
+        if any(self.pending[adapter] for adapter in adapters):
+            raise ValueError(selection_pending(adapters, "merging"))
+        for adapter in adapters:
+            for name in self.adapted_names([adapter]):
+                if torch.isnan(self.scores(adapter, name)[0]).any():
+                    raise ValueError(broken([adapter]))
 
 
 def scored_entries(shape: Sequence[int], fraction: float) -> int:
@@ -312,3 +271,13 @@ def _check_scale(scale: float) -> None:
             f"a mask has no scale, got {scale!r}: switch the adapter off with `disable_adapter`, "
             "or set another one active"
         )
+
+
+def selection_pending(adapters: Sequence[str], what: str) -> str:
+    """Return the error for an adapter whose scores have no indices yet."""
+    return (
+        f"{what} with the adapter {listing(adapters)} needs its selection, which is pending: with "
+        "`fraction` only the most important weights get scores. Call "
+        "graftune.adapters.mask_tuning.select(model, batches, loss) first; graftune.Trainer does "
+        "when it starts"
+    )

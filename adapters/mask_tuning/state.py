@@ -12,8 +12,7 @@ from graftune.adapters.base.checkpoint import AdapterMismatchError
 from graftune.adapters.base.messages import listing, warn_once
 from graftune.adapters.mask_tuning.coding import MaskFormatError, decode_mask, encode_mask
 from graftune.adapters.mask_tuning.functional import mask_of, scores_of
-from graftune.adapters.mask_tuning.layer import MaskTuningLayer
-from graftune.adapters.mask_tuning.merging import selection_pending
+from graftune.adapters.mask_tuning.layer import MaskTuningLayer, selection_pending
 
 SCORES, INDEX, BITS = ("mask_tuning_scores", "mask_tuning_index", "mask_tuning_bits")
 # Wrappers whose names a state dict does not have.

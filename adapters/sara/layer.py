@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from graftune.adapters.base.layer_types import SUPPORTED
-from graftune.adapters.base.substitute import call_with
+from graftune.adapters.base.parameter_layer import call_with
 from graftune.adapters.sara.config import SaraConfig
 from graftune.adapters.sara.places import Places
 from graftune.adapters.sara.running import has_hooks, runner

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from graftune.adapters.base.offloaded import check_in_memory
+from graftune.adapters.base.parameter_layer import check_in_memory
 from graftune.adapters.base.scaling import ScaledLayer
 from graftune.adapters.base.sparse_parts import SparsePart
 from graftune.adapters.sara.aside import aside
