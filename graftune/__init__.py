@@ -43,12 +43,10 @@ from graftune.adapters.regularizers import (
     virtual_outliers,
 )
 from graftune.adapters.stack import StackConfig
-from graftune.attached import attached
+from graftune.api import attached, load, wrap
 from graftune.integrations.sharing.class_lists import ClassListError
-from graftune.load import load
 from graftune.moved import install as _install_moved_paths
-from graftune.recipes import Recipe, recipes
-from graftune.wrap import wrap
+from graftune.recipe_table import Recipe, recipes
 
 if TYPE_CHECKING:
     from graftune.integrations.class_incremental import (

@@ -20,7 +20,7 @@ from graftune.integrations.libraries.attention_places import fill_prefix_config
 from graftune.integrations.libraries.families import default_targets, recognise
 from graftune.integrations.libraries.masks import fill_mask_config
 from graftune.integrations.libraries.prompts import fill_prompt_config
-from graftune.recipes import recipes
+from graftune.recipe_table import recipes
 
 Method = str | PeftConfig
 

@@ -10,13 +10,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from graftune.adapters.base.messages import listing, nearest
 from graftune.adapters.regularizers import regularizer
+from graftune.api import wrap
 from graftune.cli.errors import UsageError
 from graftune.cli.options import TrainOptions
 from graftune.integrations.libraries.base_models import BaseModel
 from graftune.integrations.libraries.families import recognise
 from graftune.integrations.sharing.facts import BOOKKEEPING
-from graftune.recipes import recipes
-from graftune.wrap import wrap
+from graftune.recipe_table import recipes
 
 # Fields of every PEFT config that are filled in, or options of their own.
 NO_SETTINGS = BOOKKEEPING | {"regularizers"}

@@ -9,7 +9,7 @@ from typing import Any
 from graftune.cli.adapt import NO_SETTINGS
 from graftune.cli.parsing import OptionParser
 from graftune.cli.report import add_json, as_text, show, table
-from graftune.recipes import Recipe, recipes
+from graftune.recipe_table import Recipe, recipes
 
 
 def run(arguments: Sequence[str]) -> None:
