@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,6 @@ from graftune.adapters.mask_tuning import MaskTuningConfig
 from graftune.adapters.prompts.deep import DeepPromptConfig
 from graftune.adapters.prompts.prefix import PrefixConfig
 from graftune.adapters.regularizers import Regularizer, recorded, regularizer
-from graftune.adapters.sara import SaraConfig
 from graftune.integrations.libraries.attention_places import fill_prefix_config
 from graftune.integrations.libraries.families import default_targets, recognise
 from graftune.integrations.libraries.masks import fill_mask_config
@@ -58,7 +58,7 @@ def method_configs(methods: Sequence[Method], overrides: Mapping[str, Any]) -> l
     found = [_class_and_values(method) for method in methods]
     fields = [_fields(config_cls) for config_cls, _ in found]
     for name, value in overrides.items():
-        owners = [place for place, names in enumerate(fields) if name in names]
+        owners = [index for index, names in enumerate(fields) if name in names]
         if not owners:
             every = sorted(set().union(*fields))
             classes = " and ".join(config_cls.__name__ for config_cls, _ in found)
@@ -67,7 +67,7 @@ def method_configs(methods: Sequence[Method], overrides: Mapping[str, Any]) -> l
                 f"{listing(every, most=40)}."
             )
         if len(owners) > 1 and name not in _OF_ALL:
-            classes = listing(found[place][0].__name__ for place in owners)
+            classes = listing(found[index][0].__name__ for index in owners)
             raise ValueError(
                 f"{name!r} is a field of {classes}: say whose it is, by giving config objects in "
                 "the list of methods"
@@ -126,27 +126,39 @@ def own_regularizers(methods: Sequence[Method]) -> list[Regularizer] | None:
 
 def fill(config: Any, model: nn.Module, tokenizer: Any) -> None:
     """Fill in what a config leaves open for a model: its task type and the layers to adapt."""
-    family = recognise(model)
-    if config.task_type is None and family.task_type is not None:
-        config.task_type = family.task_type
-    if isinstance(config, DeepPromptConfig):
-        fill_prompt_config(config, model, tokenizer)
+    task_type = recognise(model).task_type
+    if config.task_type is None and task_type is not None:
+        config.task_type = task_type
+    fill_targets(config, model, tokenizer)
+
+
+@functools.singledispatch
+def fill_targets(config: Any, model: nn.Module, tokenizer: Any = None) -> None:
+    """Fill in the layers to adapt, by the config's class.
+
+    This serves every method that takes `target_modules`, PEFT's included. Methods that need to
+    know more of a model are registered below.
+
+    Raises:
+        ValueError: the model has no layers that are adapted by default.
+    """
+    if getattr(config, "none_targets_all", False):
         return
-    if isinstance(config, PrefixConfig):
-        fill_prefix_config(config, model)
+    if getattr(config, "target_modules", "absent") is not None:
         return
-    if isinstance(config, MaskTuningConfig):
-        fill_mask_config(config, model)
-        return
-    if getattr(config, "target_modules", "absent") is not None or isinstance(config, SaraConfig):
-        return  # SaRA's own default is every module
     if getattr(config, "target_parameters", None):
         return
     targets = default_targets(model)
     if not targets:
+        family = recognise(model)
         raise ValueError(
             f"the {family.library} model {family.architecture} has no linear, convolution or "
             "attention layers to adapt by default. Name modules with `target_modules` or tensors "
             "with `target_parameters`."
         )
     config.target_modules = set(targets)
+
+
+fill_targets.register(DeepPromptConfig, fill_prompt_config)
+fill_targets.register(PrefixConfig, fill_prefix_config)
+fill_targets.register(MaskTuningConfig, fill_mask_config)

@@ -54,6 +54,9 @@ class SaraConfig(WeightConfig):
         True
     """
 
+    # Targets that are left open stay open in `graftune.wrap`: they mean every module but the head.
+    none_targets_all: ClassVar[bool] = True
+
     about: ClassVar[str] = (
         "SaRA trains the weights of smallest magnitude in place and leaves all others as they are; "
         "what is saved is the values of these entries "

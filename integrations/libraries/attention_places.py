@@ -34,12 +34,13 @@ _ATTENTIONS = ("self_attn", "attention.attention", "attention", "attn")
 _PROJECTIONS = (["k_proj", "v_proj"], ["key", "value"], ["qkv"])
 
 
-def fill_prefix_config(config: PrefixConfig, model: nn.Module) -> None:
+def fill_prefix_config(config: PrefixConfig, model: nn.Module, tokenizer: Any = None) -> None:
     """Fill in the modules that a config of prefixes leaves open for a model.
 
     Args:
         config: changed in place.
         model: a vision transformer of transformers, timm or open_clip, or a CLIP that has one.
+        tokenizer: not used; every filling function takes it.
 
     Raises:
         ValueError: the model has no vision transformer that is known.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -30,7 +31,7 @@ _POOL = re.compile(r"(^|\.)(attnpool|attn_pool)\.")
 Layers = dict[str, nn.Module]
 
 
-def fill_mask_config(config: MaskTuningConfig, model: nn.Module) -> None:
+def fill_mask_config(config: MaskTuningConfig, model: nn.Module, tokenizer: Any = None) -> None:
     """Fill in which modules of a model a config of mask tuning is about.
 
     `targets` is a word, or names and patterns as `target_modules` takes them; None is "attention",
@@ -39,6 +40,7 @@ def fill_mask_config(config: MaskTuningConfig, model: nn.Module) -> None:
     Args:
         config: changed in place.
         model: any model.
+        tokenizer: not used; every filling function takes it.
 
     Raises:
         ValueError: an unknown word; nothing that the word means in this model; `target_modules`
