@@ -10,10 +10,11 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from graftune.adapters.base.checkpoint import training_checkpoint
 from graftune.integrations.training.base import SomeTrainer
+from graftune.integrations.training.transformers_private import rotate_checkpoints
 from graftune.integrations.training.whole import (
     STATE,
     checkpoints,
@@ -115,12 +116,7 @@ class WholeCheckpoints(SomeTrainer):
             self._pushed_later = None
             super()._push_from_checkpoint(str(place))
         if args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=args.save_total_limit,
-                best_model_checkpoint=state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            rotate_checkpoints(str(run_dir), args.save_total_limit, state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._aside is not None:

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import EvalPrediction
 
+from graftune.integrations.training.transformers_private import use_one_gpu
+
 logger = logging.getLogger(__name__)
 
 
@@ -86,8 +88,7 @@ class ObjectiveTrainer(transformers.Trainer):
                 "`torchrun` to use them all.",
                 self.args.n_gpu,
             )
-            self.args._n_gpu = 1
-            self._train_batch_size = self.args.train_batch_size
+            use_one_gpu(self)
 
     def _objective_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         assert self.objective is not None

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftune.integrations.training.transformers_private import FUSED_LM_HEAD
+
 
 class Seen:
     """What the last forward pass with gradients returned."""
@@ -21,10 +23,10 @@ class Seen:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let a call of TRL's return logits, which it would fuse into the loss."""
         self._labels = None
-        if not (torch.is_grad_enabled() and kwargs.get("fused_lm_head")):
+        if not (torch.is_grad_enabled() and kwargs.get(FUSED_LM_HEAD)):
             return None
         self._labels = kwargs["labels"]
-        left_out = ("fused_lm_head", "labels", "num_items_in_batch")
+        left_out = (FUSED_LM_HEAD, "labels", "num_items_in_batch")
         return args, {name: value for name, value in kwargs.items() if name not in left_out}
 
     def after(self, module: nn.Module, args: tuple[Any, ...], outputs: Any) -> Any:
