@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
+from graftune.adapters.base.config import user_fields
 from graftune.adapters.base.messages import listing, nearest
 from graftune.adapters.mask_tuning import MaskTuningConfig
 from graftune.adapters.prompts.deep import DeepPromptConfig
@@ -23,20 +24,6 @@ from graftune.integrations.libraries.prompts import fill_prompt_config
 from graftune.recipe_table import recipes
 
 Method = str | PeftConfig
-
-# Fields that PEFT or graftune fill themselves.
-_NOT_FOR_USERS = frozenset(
-    {
-        "peft_type",
-        "peft_version",
-        "auto_mapping",
-        "base_digest",
-        "base_dtype",
-        "cutoff",
-        "regularizers",
-    }
-)
-
 
 # Fields that are about the model or the whole run, and are set in all methods that have them.
 _OF_ALL = frozenset({"modules_to_save", "revision", "task_type"})
@@ -56,7 +43,7 @@ def method_configs(methods: Sequence[Method], overrides: Mapping[str, Any]) -> l
     if not methods:
         raise ValueError(f"no method to attach; known: {listing(recipes())}, or any PEFT config")
     found = [_class_and_values(method) for method in methods]
-    fields = [_fields(config_cls) for config_cls, _ in found]
+    fields = [user_fields(config_cls) for config_cls, _ in found]
     for name, value in overrides.items():
         owners = [index for index, names in enumerate(fields) if name in names]
         if not owners:
@@ -95,10 +82,6 @@ def _class_and_values(method: Method) -> tuple[type[PeftConfig], dict[str, Any]]
     # A config that was attached elsewhere carries that base's digest: this is a new attachment.
     given.pop("base_digest", None)
     return type(method), copy.deepcopy(given)
-
-
-def _fields(config_cls: type[PeftConfig]) -> set[str]:
-    return {f.name for f in dataclasses.fields(config_cls) if f.init} - _NOT_FOR_USERS
 
 
 def own_regularizers(methods: Sequence[Method]) -> list[Regularizer] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -14,6 +14,31 @@ ConfigT = TypeVar("ConfigT", bound=PeftConfig)
 # Called with the folder when an adapter was saved: what else belongs to one, such as a model card
 # that imports graftune, is known further up, and entered there.
 after_saving: list[Callable[[Path], None]] = []
+
+# Fields that PEFT fills itself, in every config.
+_FILLED_BY_PEFT = frozenset({"peft_type", "peft_version", "auto_mapping"})
+
+
+def user_fields(config_cls: type[PeftConfig]) -> dict[str, Field[Any]]:
+    """Return the fields of a config that users set, by name, in their order.
+
+    Fields that PEFT fills are left out, and those that graftune fills, which carry
+    `metadata={"internal": True}`.
+
+    Args:
+        config_cls: the class of a config of graftune or PEFT.
+
+    Example:
+        >>> "fraction" in user_fields(SaraConfig), "cutoff" in user_fields(SaraConfig)
+        (True, False)
+    """
+    return {
+        each.name: each
+        for each in fields(config_cls)
+        if each.init
+        and each.name not in _FILLED_BY_PEFT
+        and not each.metadata.get("internal", False)
+    }
 
 
 @dataclass
@@ -36,13 +61,17 @@ class GraftConfig(PeftConfig):
     base_digest: str | None = field(
         default=None,
         metadata={
-            "help": "Digest of the base model the adapter was trained on; set when it is attached."
+            "help": "Digest of the base model the adapter was trained on; set when it is attached.",
+            "internal": True,
         },
     )
 
     regularizers: list[dict[str, Any]] | None = field(
         default=None,
-        metadata={"help": "Regularizers the adapter is trained with, each with its name."},
+        metadata={
+            "help": "Regularizers the adapter is trained with, each with its name.",
+            "internal": True,
+        },
     )
 
     def __post_init__(self) -> None:

@@ -119,6 +119,9 @@ class Regularizer:
     A subclass is a dataclass; its fields are settings that JSON can say. It gives itself a `name`,
     by which configs record it, and overrides what it needs. All of it works with any PEFT adapter.
 
+    Raises:
+        ValueError: a subclass has the name of another one.
+
     Example:
         >>> @dataclass
         ... class OutputNorm(Regularizer):
@@ -135,7 +138,7 @@ class Regularizer:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__dict__.get("name"):
-            _KNOWN[cls.name] = cls
+            _register(cls)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -181,6 +184,25 @@ class Regularizer:
 
 
 _KNOWN: dict[str, type[Regularizer]] = {}
+
+
+def _register(cls: type[Regularizer]) -> None:
+    """Enter a class under its name.
+
+    Module and qualified name identify a class: a reloaded module, a notebook cell that runs again
+    and `dataclass(slots=True)` bring a new class of the same identity, which takes over.
+    """
+    known = _KNOWN.get(cls.name)
+    if known is not None and _address(known) != _address(cls):
+        raise ValueError(
+            f"the regularizer name {cls.name!r} is taken by {_address(known)}; give "
+            f"{_address(cls)} another `name`. Taken: {listing(sorted(_KNOWN))}."
+        )
+    _KNOWN[cls.name] = cls
+
+
+def _address(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def regularizer(given: Regularizer | Mapping[str, Any]) -> Regularizer:

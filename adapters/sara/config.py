@@ -102,11 +102,17 @@ class SaraConfig(WeightConfig):
     )
     cutoff: float | None = field(
         default=None,
-        metadata={"help": "The magnitude that selection came down to; set when it is attached."},
+        metadata={
+            "help": "The magnitude that selection came down to; set when it is attached.",
+            "internal": True,
+        },
     )
     base_dtype: str | None = field(
         default=None,
-        metadata={"help": "The dtype of the weights selected from; set when it is attached."},
+        metadata={
+            "help": "The dtype of the weights selected from; set when it is attached.",
+            "internal": True,
+        },
     )
 
     def __post_init__(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import Field
 from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from graftune.adapters.base.config import user_fields
 from graftune.adapters.base.messages import listing, nearest
 from graftune.adapters.regularizers import regularizer
 from graftune.api import wrap
@@ -15,11 +16,16 @@ from graftune.cli.errors import UsageError
 from graftune.cli.options import TrainOptions
 from graftune.integrations.libraries.base_models import BaseModel
 from graftune.integrations.libraries.families import recognise
-from graftune.integrations.sharing.facts import BOOKKEEPING
 from graftune.recipe_table import recipes
 
-# Fields of every PEFT config that are filled in, or options of their own.
-NO_SETTINGS = BOOKKEEPING | {"regularizers"}
+# Fields of every PEFT config that follow from the command's options.
+_FROM_OPTIONS = frozenset({"base_model_name_or_path", "inference_mode", "revision"})
+
+
+def settable(config_cls: type[PeftConfig]) -> dict[str, Field[Any]]:
+    """Return the fields of a config that the command line takes, by name."""
+    found = user_fields(config_cls)
+    return {name: found[name] for name in found if name not in _FROM_OPTIONS}
 
 
 def check_method(options: TrainOptions) -> None:
@@ -30,7 +36,7 @@ def check_method(options: TrainOptions) -> None:
         ValueError: an unknown regularizer or setting.
     """
     classes = [config_class(method) for method in options.methods]
-    fields = {f.name for cls in classes for f in dataclasses.fields(cls) if f.init} - NO_SETTINGS
+    fields = {name for cls in classes for name in settable(cls)}
     for name in options.adapter_fields:
         if name not in fields:
             raise UsageError(

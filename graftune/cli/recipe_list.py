@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from graftune.cli.adapt import NO_SETTINGS
+from graftune.cli.adapt import settable
 from graftune.cli.parsing import OptionParser
 from graftune.cli.report import add_json, as_text, show, table
 from graftune.recipe_table import Recipe, recipes
@@ -32,12 +31,11 @@ def contents(recipe: Recipe) -> dict[str, Any]:
     config = recipe.config_cls(**recipe.defaults)
     fields = [
         {
-            "name": f.name,
-            "default": getattr(config, f.name),
-            "help": f.metadata.get("help", ""),
+            "name": name,
+            "default": getattr(config, name),
+            "help": each.metadata.get("help", ""),
         }
-        for f in dataclasses.fields(config)
-        if f.name not in NO_SETTINGS
+        for name, each in settable(recipe.config_cls).items()
     ]
     return {
         "paper": recipe.paper,

@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from graftune.adapters.base.config import GraftConfig
+from graftune.adapters.base.config import GraftConfig, user_fields
 from graftune.adapters.base.folder import check_files, open_tensors, read_config
 from graftune.adapters.mask_tuning import is_stored_mask
 from graftune.adapters.mask_tuning.coding import mask_shape
@@ -20,19 +20,8 @@ from graftune.adapters.sara.stored import is_of_places
 from graftune.adapters.stack import StackConfig
 from graftune.adapters.stack.config import method_of
 
-# Fields of a config that say nothing about the method, or are shown by themselves.
-BOOKKEEPING = frozenset(
-    {
-        "auto_mapping",
-        "base_digest",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_type",
-        "peft_version",
-        "revision",
-        "task_type",
-    }
-)
+# Fields of a user that describe the base model and the task. They are shown apart from settings.
+_SHOWN_APART = frozenset({"base_model_name_or_path", "inference_mode", "revision", "task_type"})
 
 
 @dataclass(frozen=True)
@@ -148,10 +137,12 @@ def _settings(config: PeftConfig) -> dict[str, Any]:
     if isinstance(config, StackConfig):
         return {method_of(part): _settings(part) for part in config.parts}
     defaults = type(config)().to_dict()
+    # The regularizers are recorded by graftune, and readers of a model card want to see them.
+    shown = {*user_fields(type(config)), "regularizers"} - _SHOWN_APART
     return {
         name: sorted(value) if isinstance(value, set) else value
         for name, value in sorted(config.to_dict().items())
-        if name not in BOOKKEEPING and value != defaults.get(name)
+        if name in shown and value != defaults.get(name)
     }
 
 

@@ -146,6 +146,26 @@ def test_features_of_classes_are_not_left_out_with_the_pictures_beside_them() ->
     assert terms["frozen_distillation_text"].item() == 5.0
 
 
+def test_a_taken_name_is_refused_and_the_first_class_stays() -> None:
+    with pytest.raises(ValueError, match=r"'l2_to_start' is taken by .*L2ToStart; give .*Mine"):
+
+        class Mine(L2ToStart):
+            name = "l2_to_start"
+
+    assert type(regularizer({"name": "l2_to_start"})) is L2ToStart
+
+
+def test_a_class_that_is_defined_again_takes_over() -> None:
+    def define() -> type[L2ToStart]:
+        class Again(L2ToStart):
+            name = "test_again"
+
+        return Again
+
+    _, newest = define(), define()
+    assert type(regularizer({"name": "test_again"})) is newest
+
+
 def test_terms_of_one_name_are_refused() -> None:
     class Other(L2ToStart):
         name = "test_other_l2"
