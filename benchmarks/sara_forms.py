@@ -116,12 +116,10 @@ def places_bytes(model: nn.Module) -> int:
     return total
 
 
-def own_values_bytes(model: nn.Module, device: str, aside: bool) -> int:
-    """Bytes of the base model's own values that are kept, aside or in the memory it runs in."""
+def original_values_bytes(model: nn.Module) -> int:
+    """Bytes of the base model's original values that are kept beside its weights."""
     layers = (m for m in model.modules() if isinstance(m, SaraLayer))
-    kept = [tensor for layer in layers for tensor in layer.own_weight.aside()]
-    # Tensors that are mapped from files count as shared.
-    return nbytes(t for t in kept if (device != "cpu" or t.is_shared()) == aside)
+    return nbytes(tensor for layer in layers for tensor in layer.own_weight.originals())
 
 
 def forward_backward(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], object]:

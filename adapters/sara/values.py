@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from graftune.adapters.base.parameter_layer import check_in_memory
 from graftune.adapters.base.scaling import ScaledLayer
 from graftune.adapters.base.sparse_parts import SparsePart
-from graftune.adapters.sara.aside import aside
 from graftune.adapters.sara.autograd import SparseTensor
 from graftune.adapters.sara.config import SaraConfig
 from graftune.adapters.sara.functional import outside
@@ -26,7 +25,7 @@ class SaraValues(nn.Module, ScaledLayer):
 
     An adapter's tensors are `sara_values[adapter][name]`, of shape (n,), for each of the module's
     own parameters that has trained entries. While a weight has an adapter's values in it, merged or
-    to run with them, the base model's own are kept aside, and put back bit for bit.
+    to run with them, the original values are kept beside it and are put back bit for bit.
 
     Args:
         owner: the module.
@@ -128,13 +127,12 @@ class SaraValues(nn.Module, ScaledLayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SaraValues:
         self.forget()
-        moved = {key: fn(self._original(*key)) for key in self._originals}
+        self._originals = {key: fn(self._original(*key)) for key in self._originals}
         super()._apply(fn, recurse)
         self.places = {
             adapter: {name: places.moved(fn) for name, places in by_name.items()}
             for adapter, by_name in self.places.items()
         }
-        self._originals = {key: aside(tensor) for key, tensor in moved.items()}
         return self
 
     # A state dict is the base model's and the adapters' own: nothing of one stands in the other.
@@ -306,7 +304,7 @@ class SaraValues(nn.Module, ScaledLayer):
         self._restore()
         merged = {name: self._effective(name, together) for name in self.adapted_names(together)}
         self._originals = {
-            (adapter, name): aside(self._start(adapter, name))
+            (adapter, name): self._start(adapter, name)
             for adapter in together
             for name in self.places[adapter]
         }

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from graftune.adapters.sara.aside import aside
 from graftune.adapters.sara.places import Block, Places
 
 WHOLE: tuple[None] = (None,)
@@ -45,7 +44,7 @@ class OwnWeight:
                 self.put_back()
             weight = self.weight.detach()
             if adapter not in self._own:
-                self._own[adapter] = aside(places.take(weight))
+                self._own[adapter] = places.take(weight)
             places.write(weight, values)
             self.adapter, self._places = adapter, places
             is_lasting = isinstance(values, nn.Parameter)  # others leave their address to the next
@@ -74,8 +73,8 @@ class OwnWeight:
         """Return the base model's own values where it holds, or has held, an adapter's, (n,)."""
         return self._own[adapter].to(self.weight.device)
 
-    def aside(self) -> list[Tensor]:
-        """Return all that is kept aside."""
+    def originals(self) -> list[Tensor]:
+        """Return the original values that are kept, of all adapters."""
         return list(self._own.values())
 
     def base(self) -> Tensor:

@@ -16,7 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import graftune
 from graftune import SaraConfig
-from graftune.adapters.sara.aside import SMALL, aside
 from graftune.adapters.sara.layer import SaraLayer
 
 
@@ -404,22 +403,16 @@ def test_weights_that_are_not_the_layers_own_are_copied(
     assert torch.equal(layers(model)["0"].base_layer.weight, plain[0].weight)
 
 
-def test_a_large_tensor_is_kept_in_a_file_and_a_small_one_in_memory() -> None:
-    for count in (4, SMALL):
-        tensor = torch.randn(count).to(torch.bfloat16)
-        kept = aside(tensor)
-        assert torch.equal(kept, tensor)
-        assert kept.dtype == tensor.dtype
-        tensor.zero_()
-        assert kept.any()
-        assert torch.equal(pickle.loads(pickle.dumps(kept)), kept)
-
-
-def test_without_a_file_it_stays_in_memory_which_is_said(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
-    tensor = torch.randn(SMALL)
-    with pytest.warns(RuntimeWarning, match="TMPDIR"):
-        kept = aside(tensor)
-    assert torch.equal(kept, tensor)
+def test_original_values_are_kept_in_memory_and_survive_pickling() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(512, 512))
+    model = adapted(copy.deepcopy(plain))
+    x = torch.randn(2, 512)
+    expected = model(x)
+    assert not torch.equal(layers(model)["0"].base_layer.weight, plain[0].weight)
+    (kept,) = layers(model)["0"].own_weight.originals()
+    assert kept.device == plain[0].weight.device
+    assert not kept.is_shared()  # as a tensor is that a file is mapped to
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(x), expected)
+    assert torch.equal(again.unload()[0].weight, plain[0].weight)
