@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graftune.adapters.base.layer_types import runs_as_defined
 from graftune.adapters.base.parameter_layer import call_with, check_in_memory
+from graftune.adapters.base.scaling import ScaledLayer
 from graftune.adapters.flora.config import FloraConfig
 from graftune.adapters.flora.functional import chain_is_cheaper, init_tucker, resolve_ranks
 from graftune.adapters.flora.layer import FloraLayer, dense_delta
@@ -112,7 +113,7 @@ class FloraWeight(FloraLayer):
         if self.weight_is_read and (adapters := self._applied()):
             # Through another method's layer, which may read as a masked weight.
             return self._sum("weight", self.base_layer.weight, adapters)
-        return BaseTunerLayer.weight.fget(self)
+        return super(ScaledLayer, self).weight  # as PEFT reads it: W, quantised or not
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of the base layer plus that of the active adapters.
