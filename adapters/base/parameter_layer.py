@@ -69,10 +69,7 @@ class ParameterLayer(nn.Module, ScaledLayer):
 
     def base_tensor(self, name: str) -> Any:
         """Return a parameter of the base module as it is now, merged or not."""
-        base = self.base_layer
-        while isinstance(base, BaseTunerLayer):
-            base = base.base_layer  # type: ignore[attr-defined]
-        return getattr(base, name)
+        return getattr(self.get_base_layer(), name)
 
     def original(self, name: str) -> Tensor:
         """Return a parameter of the base module as it is without any adapter of this layer."""
